@@ -1,0 +1,190 @@
+"""Every setting of Token Filtering, in one frozen model that neither torch nor vLLM is needed for.
+
+Read once at start from vLLM's `additional_config["token_filtering"]` (a mapping in YAML). The reference
+page docs/configuration.md is generated from this model.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_tokenfilter.errors import ConfigError
+from vllm_tokenfilter.layout import Layout
+
+#: The key of vLLM's `additional_config` that holds our settings, and our entry-point name.
+CONFIG_KEY = "token_filtering"
+
+Fusion = Literal["variance_aware", "mean", "key", "value"]
+
+
+class FilterConfig(BaseModel):
+    """Settings of Token Filtering; immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    pruning_ratio: float = Field(
+        default=0.5,
+        ge=0.0,
+        lt=1.0,
+        description="Share of each sealed chunk that leaves the KV cache (0 = dense, stock vLLM).",
+        json_schema_extra={"unit": "ratio"},
+    )
+    chunk_size: int = Field(
+        default=64,
+        ge=2,
+        le=4096,
+        description="Tokens that are ranked and sealed together.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    recent_window: int = Field(
+        default=64,
+        ge=2,
+        le=1_048_576,
+        description="Newest tokens that always stay whole; at least chunk_size.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    sink_tokens: int = Field(
+        default=4,
+        ge=0,
+        le=4096,
+        description="First tokens of the sequence that always stay; at most what a chunk keeps.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    anchor_decay: float = Field(
+        default=0.9,
+        gt=0.0,
+        lt=1.0,
+        description="Decay of the running anchor per token (0.9 in the paper).",
+        json_schema_extra={"unit": "factor per token"},
+    )
+    anchor_terms: int = Field(
+        default=64,
+        ge=1,
+        le=4096,
+        description="Earlier tokens one anchor averages; at most chunk_size.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    fusion: Fusion = Field(
+        default="variance_aware",
+        description=(
+            "How key and value similarity become one redundancy: variance_aware trusts the one the heads agree on, "
+            "mean averages both, key and value use one alone."
+        ),
+        json_schema_extra={"unit": "name"},
+    )
+    dense_layers: tuple[int, ...] = Field(
+        default=(),
+        description="Layers that keep every token, by index from 0.",
+        json_schema_extra={"unit": "layer indices"},
+    )
+    first_layer: int = Field(
+        default=0,
+        ge=0,
+        description="First filtered layer; all layers before it keep every token.",
+        json_schema_extra={"unit": "layer index"},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_yaml_types(cls, data: Any) -> Any:
+        # YAML has lists, not tuples, and `pruning_ratio: 0` is an int: both say what is meant.
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        if isinstance(data.get("dense_layers"), list):
+            data["dense_layers"] = tuple(data["dense_layers"])
+        for key in ("pruning_ratio", "anchor_decay"):
+            if type(data.get(key)) is int:
+                data[key] = float(data[key])
+        return data
+
+    @property
+    def layout(self) -> Layout:
+        """The layout these settings fix; `kept_per_chunk` is rounded to whole tokens once, here."""
+        return Layout(
+            chunk_size=self.chunk_size,
+            kept_per_chunk=self.chunk_size - round(self.pruning_ratio * self.chunk_size),
+            recent_window=self.recent_window,
+            sink_tokens=self.sink_tokens,
+            anchor_terms=self.anchor_terms,
+        )
+
+    def filters_layer(self, layer_index: int) -> bool:
+        """Whether the layer of this index, counted from 0 over the whole model, is filtered."""
+        return layer_index >= self.first_layer and layer_index not in self.dense_layers
+
+    def _contradictions(self) -> list[str]:
+        layout, reasons = self.layout, []
+        if self.recent_window < self.chunk_size:
+            reasons.append(
+                f"recent_window={self.recent_window} is below chunk_size={self.chunk_size}; "
+                f"use recent_window of at least {self.chunk_size} or a smaller chunk_size."
+            )
+        if self.anchor_terms > self.chunk_size:
+            reasons.append(
+                f"anchor_terms={self.anchor_terms} is above chunk_size={self.chunk_size}; "
+                f"use anchor_terms of at most {self.chunk_size}."
+            )
+        if layout.kept_per_chunk < 1:
+            reasons.append(
+                f"pruning_ratio={self.pruning_ratio:g} keeps no token of a chunk of {self.chunk_size}; "
+                f"use at most {(self.chunk_size - 1) / self.chunk_size:g} or a larger chunk_size."
+            )
+        elif self.pruning_ratio > 0 and layout.removed_per_chunk == 0:
+            reasons.append(
+                f"pruning_ratio={self.pruning_ratio:g} removes no token of a chunk of {self.chunk_size}; "
+                f"use 0 or at least {1 / self.chunk_size:g}."
+            )
+        elif self.sink_tokens > layout.kept_per_chunk:
+            reasons.append(
+                f"sink_tokens={self.sink_tokens} is above the {layout.kept_per_chunk} tokens a chunk keeps at "
+                f"pruning_ratio={self.pruning_ratio:g}, chunk_size={self.chunk_size}; use fewer sink_tokens, a lower "
+                "pruning_ratio or a larger chunk_size."
+            )
+        reasons.extend(
+            f"dense_layers contains {index}, which is no layer index; use indices from 0."
+            for index in self.dense_layers
+            if index < 0
+        )
+        return reasons
+
+    @classmethod
+    def parse(cls, settings: object) -> "FilterConfig":
+        """Read the settings, refusing everything wrong with them at once.
+
+        Args:
+            settings: the mapping under `additional_config.token_filtering`, or None for the defaults.
+
+        Raises:
+            ConfigError: a key is unknown, wrongly typed or out of range, or settings contradict each other.
+        """
+        if settings is None:
+            settings = {}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                [
+                    f"{CONFIG_KEY}={settings!r} is no mapping; write settings such as pruning_ratio: 0.5 under {CONFIG_KEY}."
+                ]
+            )
+        try:
+            config = cls.model_validate(dict(settings))
+        except ValidationError as error:
+            raise ConfigError([_explain(detail) for detail in error.errors()]) from None
+        if reasons := config._contradictions():
+            raise ConfigError(reasons)
+        return config
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    """One sentence for one pydantic error: setting, value, remedy."""
+    key = str(detail["loc"][0]) if detail["loc"] else CONFIG_KEY
+    if detail["type"] == "extra_forbidden":
+        known = list(FilterConfig.model_fields)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}."
+        return f"{key}={detail['input']!r} is no setting; {remedy}"
+    field = FilterConfig.model_fields[key]
+    where = ".".join(map(str, detail["loc"]))
+    return f"{where}={detail['input']!r} is refused ({detail['msg']}); {key}: {field.description}"
