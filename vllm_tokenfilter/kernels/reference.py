@@ -1,0 +1,66 @@
+"""One layer's seal of one request, written to be obviously right: the oracle of the tests. Slow.
+
+Works on a request's tokens in slot order, as plain tensors; `kernels/cpu.py` does the same in place in the
+paged cache for every layer and request of a step at once.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_tokenfilter.config import Fusion
+from vllm_tokenfilter.filtering import kept, redundancy
+from vllm_tokenfilter.layout import Layout
+
+
+def seal_reference(
+    keys: Tensor,
+    values: Tensor,
+    first_redundancy: Tensor | None,
+    first_chunk: int,
+    last_chunk: int,
+    layout: Layout,
+    *,
+    decay: float,
+    fusion: Fusion,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Seal chunks `first_chunk` .. `last_chunk` - 1 of one request in one layer.
+
+    Args:
+        keys: [num_kv_heads, stored, head_size] in slot order: packed tokens, then raw ones.
+        values: same shape.
+        first_redundancy: float32 [chunk_size] of `first_chunk`, kept from the seal before; None if that is chunk 0.
+        first_chunk: the first chunk to seal.
+        last_chunk: one past the last chunk to seal; chunk `last_chunk` itself must be complete, and is scored.
+        layout: the layout's integers.
+        decay: see `filtering.anchors`.
+        fusion: see `filtering.fuse`.
+
+    Returns:
+        keys and values after the seal, the redundancy of chunk `last_chunk` (float32 [chunk_size]) for the next
+        seal, and per sealed chunk the offsets that stayed.
+    """
+    size = layout.chunk_size
+    num_packed = first_chunk * layout.kept_per_chunk
+    raw_keys, raw_values = keys[:, num_packed:], values[:, num_packed:]
+    survivors, choices = [torch.arange(num_packed)], []
+    for chunk in range(first_chunk, last_chunk + 1):
+        start = (chunk - first_chunk) * size
+        if chunk == first_chunk and first_redundancy is not None:
+            scores = first_redundancy
+        else:
+            history = max(0, start - layout.anchor_terms)
+            scores = redundancy(
+                raw_keys[:, history : start + size],
+                raw_values[:, history : start + size],
+                decay=decay,
+                terms=layout.anchor_terms,
+                fusion=fusion,
+            )[start - history :]
+        if chunk == last_chunk:
+            survivors.append(torch.arange(num_packed + start, keys.shape[1]))
+            slots = torch.cat(survivors)
+            return keys[:, slots], values[:, slots], scores, choices
+        stay = kept(scores, layout.kept_per_chunk, max(0, min(size, layout.sink_tokens - chunk * size)))
+        choices.append(stay)
+        survivors.append(num_packed + start + stay)
+    raise AssertionError("unreachable: the loop returns at last_chunk")
