@@ -1,0 +1,122 @@
+"""Every name and behaviour of vLLM this plugin leans on: a vLLM upgrade fails here first, in words."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.config import get_current_vllm_config  # noqa: E402,F401
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends import cpu_attn  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+
+from vllm_tokenfilter.integration import plugin, registration, workarounds  # noqa: E402
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_the_version_is_the_one_we_are_made_for():
+    assert vllm.__version_tuple__[:2] == (0, 32), "vLLM changed: go through this file, then integration/refusals.py"
+
+
+def test_the_metadata_builder_is_built_and_called_as_we_wrap_it():
+    builder = cpu_attn.CPUAttentionMetadataBuilder
+    hint = "integration/backend.py wraps this signature"
+    assert parameters(builder.__init__) == ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"], hint
+    assert parameters(builder.build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"], hint
+
+
+def test_the_step_has_the_fields_we_read_and_replace():
+    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    needed = {"seq_lens", "query_start_loc_cpu", "block_table_tensor", "slot_mapping", "max_seq_len", "num_reqs"}
+    assert needed <= names, "integration/backend.py reads these fields of CommonAttentionMetadata"
+    assert "replace" in dir(CommonAttentionMetadata)
+
+
+def test_the_implementation_is_called_as_we_wrap_it():
+    impl = cpu_attn.CPUAttentionBackendImpl
+    assert parameters(impl.forward)[:7] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata"]
+    assert parameters(impl.do_kv_cache_update) == ["self", "layer", "key", "value", "kv_cache", "slot_mapping"]
+    assert not cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update, (
+        "keys are written before the forward; if the forward writes them, integration/backend.py must change"
+    )
+
+
+def test_the_cpu_writer_puts_keys_where_the_view_says():
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    from vllm_tokenfilter.integration.cache_view import read_tokens, view_paged_cache
+
+    if not current_platform.is_cpu():
+        pytest.skip("needs vLLM's CPU build")
+    current_platform.import_kernels()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for block_size, head_size in ((32, 64), (128, 80), (64, 128)):
+            isa = cpu_attn._get_attn_isa(dtype, block_size, head_size)
+            pool = torch.zeros(2, 5, 3, block_size, 2 * head_size, dtype=dtype)
+            layers = list(pool.unbind(0))
+            keys = torch.randn(70, 3, head_size).to(dtype)
+            values = torch.randn(70, 3, head_size).to(dtype)
+            blocks = [4, 0, 2][: -(-70 // block_size)]
+            slots = torch.tensor([blocks[i // block_size] * block_size + i % block_size for i in range(70)])
+            key_cache, value_cache = layers[1].view(5, 3, 2 * block_size, head_size).chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
+            read_keys, read_values = read_tokens(view_paged_cache(layers, isa), 1, blocks, 70)
+            assert (torch.from_numpy(read_keys) == keys.float().transpose(0, 1)).all()
+            assert (torch.from_numpy(read_values) == values.float().transpose(0, 1)).all()
+
+
+def test_the_name_is_registered_once_and_survives_pickling_and_copying():
+    first = registration.register_names()
+    assert registration.register_names() is first is AttentionBackendEnum["TOKEN_FILTERING"]
+    assert pickle.loads(pickle.dumps(first)) is first
+    assert copy.deepcopy(first) is first
+    assert b"register_names" in pickle.dumps(first), "a spawned process would not know the name"
+
+
+def test_custom_is_ours_unless_another_plugin_claimed_it():
+    registration.register_names()
+    assert registration.is_ours("CUSTOM")
+    assert not registration.is_ours("CPU_ATTN")
+    assert not registration.is_ours(None)
+
+
+def test_registering_twice_is_harmless_and_never_raises(monkeypatch):
+    plugin.register()
+    wrapped = EngineArgs.create_engine_config
+    plugin.register()
+    assert EngineArgs.create_engine_config is wrapped, "integration/workarounds.py wrapped it twice"
+    monkeypatch.setattr(registration, "register_names", lambda: 1 / 0)
+    plugin.register()
+
+
+def test_an_engine_that_does_not_select_us_gets_vllms_own_class():
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_tokenfilter.integration import cpu_dispatch
+
+    plugin.register()
+    with set_current_vllm_config(VllmConfig()):
+        assert cpu_dispatch.SELECTED_BACKEND is cpu_attn.CPUAttentionBackend
+
+
+def test_engine_arguments_have_the_fields_we_read():
+    names = {field.name for field in dataclasses.fields(EngineArgs)}
+    needed = {
+        "attention_backend",
+        "attention_config",
+        "additional_config",
+        "enable_prefix_caching",
+        "worker_extension_cls",
+    }
+    assert needed <= names, "integration/workarounds.py reads these engine arguments"
+    assert workarounds._MARK in vars(EngineArgs.create_engine_config) or plugin.register() is None
