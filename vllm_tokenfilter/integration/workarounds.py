@@ -61,7 +61,15 @@ def _select(args: EngineArgs) -> bool:
                 "or remove the settings."
             ]
         )
-    return registration.is_ours(named)
+    if not registration.is_ours(named):
+        return False
+    # CUSTOM becomes our own name, which brings its registration into every process.
+    member = registration.register_names()
+    if args.attention_backend:
+        args.attention_backend = member
+    else:
+        args.attention_config.backend = member
+    return True
 
 
 def _prepare(args: EngineArgs) -> None:
