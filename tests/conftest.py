@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@pytest.fixture(scope="session")
+def model_path():
+    """The embedded model, made ready once."""
+    from vllm_tokenfilter.models import default_model_path
+
+    return str(default_model_path())
+
+
+@pytest.fixture(scope="session")
+def prose():
+    """Text every installation has: the licence, our README, and some of Python's documented library code."""
+    import argparse
+    import inspect
+    import pathlib
+    import textwrap
+
+    root = pathlib.Path(__file__).parent.parent
+    documents = [inspect.getsource(textwrap), inspect.getdoc(argparse) or "", inspect.getsource(pathlib)]
+    return (root / "LICENSE").read_text() + "\n\n" + (root / "README.md").read_text() + "\n".join(documents)

@@ -1,0 +1,29 @@
+"""Run one engine in this process tree and write greedy tokens and log-probabilities as JSON: argv is a JSON object."""
+
+import json
+import random
+import sys
+
+
+def main(task):
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(dtype="bfloat16", max_model_len=2048, kv_cache_memory_bytes=1 << 29, max_num_seqs=32, seed=0, **task["llm"])
+    draw = random.Random(1)
+    prompts = [
+        {"prompt_token_ids": [draw.randrange(100, 40000) for _ in range(draw.randrange(5, 400))]}
+        for _ in range(task.get("prompts", 32))
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=64, logprobs=2, ignore_eos=True)
+    answers = [answer.outputs[0] for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+    result = {
+        "tokens": [list(answer.token_ids) for answer in answers],
+        "logprobs": [[sorted(e.logprob for e in step.values()) for step in answer.logprobs] for answer in answers],
+        "status": llm.collective_rpc("token_filtering_status") if task.get("status") else None,
+    }
+    with open(task["out"], "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

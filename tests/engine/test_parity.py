@@ -1,0 +1,143 @@
+"""The served filter against the independent reference, in float32: kept tokens and log-probabilities."""
+
+import pytest
+import torch
+
+from tests import reference
+from tests.engine.driver import Engine, compare
+
+TOLERANCE = 2e-3
+POOL_BYTES = 33 * 128 * 30 * 3 * 64 * 2 * 4  # 33 blocks of 128 tokens of SmolLM2-135M in float32
+
+SETTINGS = {
+    0.25: {"pruning_ratio": 0.25},
+    0.5: {"pruning_ratio": 0.5},
+    0.75: {"pruning_ratio": 0.75, "dense_layers": [17, 18, 19], "recent_window": 96, "anchor_terms": 32},
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=lambda ratio: f"ratio {ratio}")
+def engine(request, model_path):
+    monkeypatch = pytest.MonkeyPatch()
+    engine = Engine(
+        monkeypatch,
+        model_path,
+        SETTINGS[request.param],
+        max_model_len=4096,
+        max_num_seqs=8,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=POOL_BYTES,
+    )
+    options = SETTINGS[request.param]
+    engine.settings = reference.Settings(
+        ratio=request.param,
+        W=options.get("recent_window", 64),
+        M=options.get("anchor_terms", 64),
+        dense_layers=tuple(options.get("dense_layers", ())),
+    )
+    yield engine
+    engine.close()
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens(model_path, prose):
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model_path)(prose)["input_ids"]
+    assert len(ids) > 4500, "the tests need more prose"
+    return ids
+
+
+def check(engine, model, names):
+    ties = choices = 0
+    for name in names:
+        record = engine.records[name]
+        assert record.logprobs, f"{name} produced nothing"
+        worst, near, compared = compare(model, record, engine.settings)
+        assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}"
+        ties, choices = ties + near, choices + compared
+    assert choices == 0 or ties <= 0.01 * choices, f"{ties} near ties in {choices} choices are not rare"
+    print(f"{len(names)} requests, {choices} choices, {ties} near ties")
+
+
+def test_the_reference_itself_is_the_model_when_nothing_is_filtered(model, tokens):
+    ids = tokens[:300]
+    own = reference.run(model, ids, [100, 150] + 50 * [1], reference.Settings(ratio=0)).logprobs
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert (own - theirs).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [0, pytest.param(64, marks=pytest.mark.slow), 100, pytest.param(512, marks=pytest.mark.slow)],
+    ids=["prefill at once", "prefill by 64", "prefill by 100", "prefill by 512"],
+)
+def test_a_batch_of_prompts_and_their_decoding_equal_the_reference(engine, model, tokens, steps):
+    engine.prefill_steps_of(steps)
+    names = []
+    for i, length in enumerate((10, 127, 129, 400)):
+        names.append(f"batch{steps}-{i}.")
+        engine.add(names[-1], tokens[i * 90 : i * 90 + length], 72)
+    engine.drain()
+    check(engine, model, names)
+    for name, length in zip(names, (10, 127, 129, 400), strict=True):
+        longest = max(engine.records[name].runs[0].steps)
+        assert longest == min(length, steps or length), "the prompt was not cut as asked"
+
+
+def test_requests_that_join_finish_and_abort_leave_the_others_untouched(engine, model, tokens):
+    engine.prefill_steps_of(100)
+    names = [f"mixed{i}." for i in range(8)]
+    plan = {0: (300, 128), 1: (65, 20), 2: (500, 40), 3: (190, 128), 4: (12, 128), 5: (640, 30), 6: (256, 10), 7: (77, 90)}
+    aborted = {2: 25, 5: 60}
+    start, step = 0, 0
+    while start < 8 or engine.engine.has_unfinished_requests():
+        if step % 9 == 0 and start < 8:
+            length, new = plan[start]
+            engine.add(names[start], tokens[start * 37 : start * 37 + length], new)
+            start += 1
+        engine.step()
+        for index, when in aborted.items():
+            if step == when and not engine.records[names[index]].finished:
+                engine.abort(names[index])
+        step += 1
+    check(engine, model, [name for name in names if engine.records[name].logprobs])
+
+
+def test_a_preempted_request_is_recomputed_to_the_same_tokens(engine, model, tokens):
+    engine.prefill_steps_of(512)
+    names = [f"preempt{i}." for i in range(4)]
+    for i, name in enumerate(names):
+        engine.add(name, tokens[i * 200 : i * 200 + 1000 + i], 64)
+    engine.drain()
+    assert any(len(engine.records[name].runs) > 1 for name in names), "the pool was large enough for everyone"
+    check(engine, model, names)
+
+
+def test_a_long_prompt_equals_the_reference(engine, model, tokens):
+    engine.prefill_steps_of(1024)
+    engine.add("long.", tokens[: 3000 if engine.settings.ratio == 0.5 else 1000], 8)
+    engine.drain()
+    check(engine, model, ["long."])
+    status = engine.status()
+    assert status["tokens_pruned"] > 0 and status["rows_filtered"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 64, 100, 512])
+@pytest.mark.parametrize("length", [10, 129, 700, 1500, 3000])
+def test_every_length_and_step_decodes_128_tokens_like_the_reference(engine, model, tokens, steps, length):
+    engine.prefill_steps_of(steps)
+    name = f"grid{steps}-{length}."
+    engine.add(name, tokens[100 : 100 + length], 128)
+    engine.drain()
+    check(engine, model, [name])

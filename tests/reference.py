@@ -1,0 +1,156 @@
+"""The filter as a mask over a plain forward of a Hugging Face Llama: the oracle of the engine tests.
+
+Shares no code with the package. Every layer keeps all keys and values; filtering only decides which of them a later
+step may see. Written from the formulas in docs/algorithm.md and docs/layout.md.
+
+A step with `computed` tokens before it lets each new token see every visible old token and the step's own tokens up to
+itself; afterwards the chunks that the step made due lose their most redundant tokens. How a prompt was cut into steps is
+therefore part of the input.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
+
+
+@dataclass
+class Settings:
+    """The settings in the formulas' letters."""
+
+    ratio: float = 0.5
+    C: int = 64
+    W: int = 64
+    sinks: int = 4
+    g: float = 0.9
+    M: int = 64
+    dense_layers: tuple[int, ...] = ()
+
+    @property
+    def K(self):
+        return self.C - round(self.ratio * self.C)
+
+    def sealed(self, n):
+        return max(0, (n - self.W) // self.C)
+
+
+@dataclass
+class Result:
+    """What the reference found.
+
+    Attributes:
+        logprobs: float32 [num_tokens, vocab], log-probability of the next token after each position.
+        kept: (layer, chunk) -> offsets inside the chunk that stay.
+        near_ties: choices taken over from the backend because the cut lay between equals within `tie`.
+        choices: choices compared.
+    """
+
+    logprobs: torch.Tensor
+    kept: dict = field(default_factory=dict)
+    near_ties: int = 0
+    choices: int = 0
+
+
+def redundancy(keys, values, start, end, settings):
+    """Score positions start..end-1 from raw keys and values [H, T, D], in float64."""
+    positions = torch.arange(start, end)
+    back = torch.arange(1, settings.M + 1)
+    history = positions[:, None] - back[None, :]
+    weights = (1 - settings.g) * settings.g ** (back - 1).double()
+    weights = weights.expand_as(history) * (history >= 0)
+    total = weights.sum(1, keepdim=True)
+    weights = torch.where(total > 0, weights / total, 0.0)
+    similar = []
+    for x in (keys.double(), values.double()):
+        anchor = (weights[None, :, :, None] * x[:, history.clamp(min=0)]).sum(2)
+        similar.append(torch.cosine_similarity(x[:, positions], anchor, dim=-1, eps=1e-300))
+    k, v = similar
+    var_k, var_v = k.var(0, correction=0), v.var(0, correction=0)
+    a = torch.where(var_k + var_v == 0, 0.5, var_v / (var_k + var_v))
+    return a * k.mean(0) + (1 - a) * v.mean(0)
+
+
+def _choose(scores, chunk, settings):
+    order = sorted(
+        range(settings.C),
+        key=lambda i: (0, i) if chunk * settings.C + i < settings.sinks else (1, float(scores[i]), i),
+    )
+    return sorted(order[: settings.K])
+
+
+def _reconcile(own, theirs, scores, tie, where):
+    """The backend's choice, if the tokens it swapped are as redundant as those it swapped them for; else fail."""
+    scores_of = lambda offsets: [float(scores[i]) for i in offsets]  # noqa: E731
+    stayed, left = scores_of(set(theirs) - set(own)), scores_of(set(own) - set(theirs))
+    assert len(theirs) == len(own), f"{where}: kept {len(theirs)} tokens, not {len(own)}"
+    assert max(stayed) - min(left) <= tie, f"{where}: kept {theirs}, reference {own}: {stayed} for {left}"
+    return theirs
+
+
+@torch.no_grad()
+def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
+    """Feed `tokens` in `steps` and filter as the settings say.
+
+    Args:
+        model: LlamaForCausalLM in float32.
+        tokens: prompt and continuation, ids.
+        steps: tokens of each step; together all of `tokens`.
+        settings: the filter's settings.
+        backend_choice: (layer, chunk) -> offsets the backend kept.
+        tie: redundancies this close count as equal.
+    """
+    assert sum(steps) == len(tokens)
+    inner = model.model
+    config = model.config
+    layers = inner.layers
+    group = config.num_attention_heads // config.num_key_value_heads
+    ids = torch.tensor([tokens])
+    hidden_all = inner.embed_tokens(ids)
+    cos, sin = inner.rotary_emb(hidden_all, torch.arange(len(tokens))[None])
+    keys = [torch.zeros(0) for _ in layers]
+    values = [torch.zeros(0) for _ in layers]
+    visible = torch.ones(len(layers), len(tokens), dtype=torch.bool)
+    result, computed = Result(torch.empty(0)), 0
+    logprobs = []
+    for step in steps:
+        end = computed + step
+        hidden = hidden_all[:, computed:end]
+        for index, layer in enumerate(layers):
+            attention = layer.self_attn
+            normed = layer.input_layernorm(hidden)
+            shape = (1, step, -1, attention.head_dim)
+            q = attention.q_proj(normed).view(shape).transpose(1, 2)
+            k = attention.k_proj(normed).view(shape).transpose(1, 2)
+            v = attention.v_proj(normed).view(shape).transpose(1, 2)
+            q, k = apply_rotary_pos_emb(q, k, cos[:, computed:end], sin[:, computed:end])
+            keys[index] = torch.cat([keys[index], k], 2) if computed else k
+            values[index] = torch.cat([values[index], v], 2) if computed else v
+            mask = torch.arange(end)[None, :] <= torch.arange(computed, end)[:, None]
+            mask = mask & visible[index, :end]
+            scores = q @ repeat_kv(keys[index], group).transpose(2, 3) * attention.scaling
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+            out = (weights @ repeat_kv(values[index], group)).transpose(1, 2).reshape(1, step, -1)
+            hidden = hidden + attention.o_proj(out)
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        logprobs.append(model.lm_head(inner.norm(hidden))[0].log_softmax(-1))
+        for chunk in range(settings.sealed(computed), settings.sealed(end)):
+            if settings.ratio == 0:
+                continue
+            first = chunk * settings.C
+            for index in range(len(layers)):
+                if index in settings.dense_layers:
+                    continue
+                scores = redundancy(keys[index][0], values[index][0], first, first + settings.C, settings)
+                kept = _choose(scores, chunk, settings)
+                result.choices += 1
+                # The backend seals at the start of the next step: what the last step made due it may never have chosen.
+                theirs = (backend_choice or {}).get((index, chunk), kept)
+                if theirs != kept:
+                    kept = _reconcile(kept, theirs, scores, tie, f"layer {index}, chunk {chunk}")
+                    result.near_ties += 1
+                result.kept[index, chunk] = kept
+                visible[index, first : first + settings.C] = False
+                visible[index, [first + i for i in kept]] = True
+        computed = end
+    result.logprobs = torch.cat(logprobs)
+    return result
