@@ -3,9 +3,9 @@
 Shares no code with the package. Every layer keeps all keys and values; filtering only decides which of them a later
 step may see. Written from the formulas in docs/algorithm.md and docs/layout.md.
 
-A step with `computed` tokens before it lets each new token see every visible old token and the step's own tokens up to
-itself; afterwards the chunks that the step made due lose their most redundant tokens. How a prompt was cut into steps is
-therefore part of the input.
+A step with `computed` tokens before it lets each new token see every visible old token and the step's own tokens up
+to itself; afterwards the chunks that the step made due lose their most redundant tokens. How a prompt was cut into
+steps is therefore part of the input.
 """
 
 from dataclasses import dataclass, field

@@ -164,9 +164,7 @@ class FilterConfig(BaseModel):
             settings = {}
         if not isinstance(settings, Mapping):
             raise ConfigError(
-                [
-                    f"{CONFIG_KEY}={settings!r} is no mapping; write settings such as pruning_ratio: 0.5 under {CONFIG_KEY}."
-                ]
+                [f"{CONFIG_KEY}={settings!r} is no mapping; write settings such as pruning_ratio: 0.5 under it."]
             )
         try:
             config = cls.model_validate(dict(settings))

@@ -75,6 +75,7 @@ def raw_slot(position: Length, num_computed_tokens: Length, layout: Layout) -> L
     Args:
         position: position in the sequence, at least chunk_size * sealed_chunks(num_computed_tokens).
         num_computed_tokens: tokens computed before the step that reads or writes the slot.
+        layout: the layout's integers.
     """
     return position - removed_tokens(num_computed_tokens, layout)
 
@@ -85,6 +86,7 @@ def due_chunks(num_computed_tokens: int, num_new_tokens: int, layout: Layout) ->
     Args:
         num_computed_tokens: tokens computed before the step.
         num_new_tokens: tokens the step computes.
+        layout: the layout's integers.
     """
     return range(
         sealed_chunks(num_computed_tokens, layout),

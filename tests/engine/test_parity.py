@@ -97,7 +97,16 @@ def test_a_batch_of_prompts_and_their_decoding_equal_the_reference(engine, model
 def test_requests_that_join_finish_and_abort_leave_the_others_untouched(engine, model, tokens):
     engine.prefill_steps_of(100)
     names = [f"mixed{i}." for i in range(8)]
-    plan = {0: (300, 128), 1: (65, 20), 2: (500, 40), 3: (190, 128), 4: (12, 128), 5: (640, 30), 6: (256, 10), 7: (77, 90)}
+    plan = {
+        0: (300, 128),
+        1: (65, 20),
+        2: (500, 40),
+        3: (190, 128),
+        4: (12, 128),
+        5: (640, 30),
+        6: (256, 10),
+        7: (77, 90),
+    }
     aborted = {2: 25, 5: 60}
     start, step = 0, 0
     while start < 8 or engine.engine.has_unfinished_requests():

@@ -60,9 +60,7 @@ def test_ratio_zero_is_stock_vllm_bit_for_bit(generate):
 
 
 def test_a_spawned_engine_filters_counts_and_says_so(generate):
-    ours, log = generate(
-        "half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF
-    )
+    ours, log = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
     stock, _ = generate("stock", {"VLLM_PLUGINS": "none"}, enable_prefix_caching=False)
     status = ours["status"][0]
     assert status["backend"] == "TOKEN_FILTERING" and status["layers_filtered"] == list(range(30))
@@ -112,7 +110,10 @@ def test_a_compiled_engine_filters(generate):
         ({"additional_config": {"token_filtering": {"first_layer": 30}}}, "leaves no layer to filter"),
         ({"additional_config": {"token_filtering": {"prunning_ratio": 0.5}}}, "did you mean pruning_ratio?"),
         ({"attention_backend": "CPU_ATTN", "additional_config": HALF}, "without effect"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}, "speculative"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative",
+        ),
     ],
 )
 def test_what_cannot_hold_is_refused_in_a_sentence_before_weights_load(model_path, arguments, sentence):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import httpx
@@ -22,32 +23,34 @@ def server(*flags):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [*SERVE, "--port", str(port), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-    )
-    os.set_blocking(process.stdout.fileno(), False)
-    log = ""
-    try:
-        for _ in range(240):
-            log += process.stdout.read() or ""
-            assert process.poll() is None, log[-4000:]
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            time.sleep(0.5)
-        else:
-            raise AssertionError("the server did not start: " + log[-4000:])
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)
+    # The log goes to a file, because a pipe that nobody reads would stop the server when full.
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [*SERVE, "--port", str(port), *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
+        )
         try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            wait_until_healthy(process, port, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def wait_until_healthy(process, port, log):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        time.sleep(0.5)
+    log.seek(0)
+    raise AssertionError("the server did not start: " + log.read()[-4000:])
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     last = np.array([(length - window) // chunk for length in lengths])
     saved = np.zeros((num_layers, cache.num_blocks * block_size), np.float32)
 
-    chosen = cpu.seal_chunks(
-        cache, saved, tables, np.array(lengths), np.zeros(3, np.int64), last, layout, 0.9, fusion
-    )
+    chosen = cpu.seal_chunks(cache, saved, tables, np.array(lengths), np.zeros(3, np.int64), last, layout, 0.9, fusion)
 
     ends = np.cumsum(last)
     for row, (keys, values) in enumerate(rows):
@@ -139,7 +137,7 @@ def seal_in_steps(ends_of_steps, dtype=torch.bfloat16):
 
 @pytest.mark.parametrize(
     "steps",
-    [list(range(1, 901)), list(range(64, 900, 64)) + [900], [100, 612, 613, 900], [163, 164, 165, 228, 900]],
+    [list(range(1, 901)), [*range(64, 900, 64), 900], [100, 612, 613, 900], [163, 164, 165, 228, 900]],
     ids=["token by token", "by 64", "uneven", "around the first seal"],
 )
 def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps):

@@ -1,6 +1,6 @@
 """`vllm-tokenfilter serve`: vLLM's own OpenAI server, in this process, with the backend selected.
 
-Works where vLLM's command does not: with the CPU package `vllm` dies at start because its distribution has another name.
+Works where vLLM's command does not: with the CPU package `vllm` dies at start, its distribution having another name.
 """
 
 import json
@@ -37,7 +37,7 @@ def run(flags: list[str], config_file: str | None, pruning_ratio: float | None) 
     """
     arguments = server_arguments(flags, config_file, pruning_ratio)
 
-    # vLLM's own `serve`, without its `vllm` command, which asks for the version of a distribution the CPU package lacks.
+    # vLLM's own `serve` without its `vllm` command, which asks for a distribution that the CPU package is not.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -135,4 +135,6 @@ def _names_model(flags: list[str], given: set[str]) -> bool:
 def _require_plugin_allowed() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and CONFIG_KEY not in allowed.split(","):
-        raise ConfigError([f"VLLM_PLUGINS={allowed} keeps this plugin out of vLLM; add {CONFIG_KEY} to it or unset it."])
+        raise ConfigError(
+            [f"VLLM_PLUGINS={allowed} keeps this plugin out of vLLM; add {CONFIG_KEY} to it or unset it."]
+        )

@@ -20,9 +20,9 @@ from vllm_tokenfilter.models import default_model_path
 
 #: Long enough that several chunks are sealed while the prompt is read and while the answer is written.
 _PARAGRAPH = (
-    "Paged attention keeps the keys and values of every request in blocks that need not lie side by side. A block table "
-    "says, for each request, where its blocks are. When a request grows, a free block is added to its row; when it ends, "
-    "its blocks return to the pool. "
+    "Paged attention keeps the keys and values of every request in blocks that need not lie side by side. A block "
+    "table says, for each request, where its blocks are. When a request grows, a free block is added to its row; when "
+    "it ends, its blocks return to the pool. "
 )
 _PROMPT = "Read this and say in one sentence what it is about.\n\n" + 8 * _PARAGRAPH
 _NEW_TOKENS = 96
@@ -44,7 +44,7 @@ def run(model: str | None, pruning_ratio: float, as_json: bool) -> int:
         dense = _generate(path, None)
     with console.status("Generating with Token Filtering ..."):
         filtered = _generate(path, pruning_ratio)
-    report = {
+    report: dict[str, Any] = {
         "versions": _versions(),
         "model": Path(path).name if model is None else model,
         "dense": dense,

@@ -42,7 +42,8 @@ def seal_reference(
     size = layout.chunk_size
     num_packed = first_chunk * layout.kept_per_chunk
     raw_keys, raw_values = keys[:, num_packed:], values[:, num_packed:]
-    survivors, choices = [torch.arange(num_packed)], []
+    survivors = [torch.arange(num_packed)]
+    choices: list[Tensor] = []
     for chunk in range(first_chunk, last_chunk + 1):
         start = (chunk - first_chunk) * size
         if chunk == first_chunk and first_redundancy is not None:
