@@ -167,7 +167,7 @@ class FilterConfig(BaseModel):
                 [f"{CONFIG_KEY}={settings!r} is no mapping; write settings such as pruning_ratio: 0.5 under it."]
             )
         try:
-            config = cls.model_validate(dict(settings))
+            config = cls.model_validate({str(key): value for key, value in settings.items()})
         except ValidationError as error:
             raise ConfigError([_explain(detail) for detail in error.errors()]) from None
         if reasons := config._contradictions():

@@ -1,0 +1,90 @@
+"""The layout arithmetic against a list that is really packed, for all valid settings."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_tokenfilter.layout import (
+    Layout,
+    due_chunks,
+    raw_slot,
+    removed_tokens,
+    sealed_chunks,
+    stored_tokens,
+)
+
+
+@st.composite
+def layouts(draw):
+    chunk = draw(st.integers(2, 96))
+    keep = draw(st.integers(1, chunk))
+    return Layout(
+        chunk_size=chunk,
+        kept_per_chunk=keep,
+        recent_window=draw(st.integers(chunk, 3 * chunk)),
+        sink_tokens=draw(st.integers(0, keep)),
+        anchor_terms=draw(st.integers(1, chunk)),
+    )
+
+
+def pack(positions, sealed, total, layout):
+    """Seal a list of positions as docs/layout.md tells, one chunk at a time, keeping the first K of each."""
+    while (total - layout.recent_window) // layout.chunk_size > sealed:
+        first = sealed * layout.chunk_size
+        chunk = [p for p in positions if first <= p < first + layout.chunk_size]
+        assert len(chunk) == layout.chunk_size, "a chunk was sealed twice or before it was complete"
+        gone = set(chunk[layout.kept_per_chunk :])
+        positions = [p for p in positions if p not in gone]
+        sealed += 1
+    return positions, sealed
+
+
+@given(layouts(), st.lists(st.integers(1, 200), min_size=1, max_size=12))
+def test_every_step_finds_and_leaves_the_slots_of_a_list_that_is_really_packed(layout, steps):
+    positions, sealed, computed = [], 0, 0
+    for new in steps:
+        for position in range(computed, computed + new):
+            assert raw_slot(position, computed, layout) == len(positions)
+            positions.append(position)
+        due = due_chunks(computed, new, layout)
+        positions, after = pack(positions, sealed, computed + new, layout)
+        assert due == range(sealed, after)
+        computed, sealed = computed + new, after
+        assert sealed == sealed_chunks(computed, layout)
+        assert len(positions) == stored_tokens(computed, layout)
+        assert computed - len(positions) == removed_tokens(computed, layout)
+        raw = positions[sealed * layout.kept_per_chunk :]
+        assert raw == list(range(sealed * layout.chunk_size, computed)), "raw tokens are not all of the newest"
+        assert [positions.index(p) for p in raw] == [raw_slot(p, computed, layout) for p in raw]
+
+
+@given(layouts(), st.integers(0, 10_000))
+def test_the_newest_tokens_stay_raw_and_chunks_are_sealed_as_soon_as_they_may(layout, length):
+    sealed = sealed_chunks(length, layout)
+    assert sealed >= 0
+    assert sealed == 0 or sealed * layout.chunk_size <= length - layout.recent_window
+    assert (sealed + 1) * layout.chunk_size > length - layout.recent_window
+    assert (length >= layout.first_seal) == (sealed > 0)
+
+
+@given(layouts(), st.integers(0, 10_000))
+def test_stored_tokens_never_shrink_by_more_than_a_chunk_removes_nor_exceed_the_length(layout, length):
+    now, then = stored_tokens(length, layout), stored_tokens(length + 1, layout)
+    assert then - now in (1, 1 - layout.removed_per_chunk)
+    assert 0 <= now <= length
+
+
+@given(layouts(), st.lists(st.integers(0, 5000), min_size=1))
+def test_integers_arrays_and_tensors_agree(layout, lengths):
+    for function in (sealed_chunks, removed_tokens, stored_tokens):
+        want = [function(length, layout) for length in lengths]
+        assert function(np.array(lengths), layout).tolist() == want
+        assert function(torch.tensor(lengths), layout).tolist() == want
+
+
+def test_the_example_of_the_documentation():
+    layout = Layout(chunk_size=64, kept_per_chunk=32, recent_window=64, sink_tokens=4, anchor_terms=64)
+    assert [sealed_chunks(n, layout) for n in (0, 64, 127, 128, 191, 192, 4000)] == [0, 0, 0, 1, 1, 2, 61]
+    assert stored_tokens(4000, layout) == 4000 - 61 * 32 == 2048
+    assert layout.effective_ratio == 0.5
