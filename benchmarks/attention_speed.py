@@ -1,0 +1,194 @@
+"""How fast decoding reads a filtered cache: stock vLLM and Token Filtering, interleaved, engines side by side.
+
+Every engine lives in a process of its own and idles while another is measured. One repeat measures every case once;
+ratios are taken inside a repeat, and the medians over repeats are reported. `make bench` writes
+benchmarks/results/attention_speed.json.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.layout import stored_tokens
+from vllm_tokenfilter.models import default_model_path
+from vllm_tokenfilter.provenance import provenance
+
+OUT = Path(__file__).parent / "results" / "attention_speed.json"
+REQUESTS, LONG, SHORT, NEW_TOKENS = 8, 4000, 128, 96
+STORED = {ratio: stored_tokens(LONG, FilterConfig(pruning_ratio=ratio).layout) for ratio in (0.5, 0.75)}
+KV_BYTES = 1 << 30
+
+#: case -> (engine, prompt tokens)
+CASES = {
+    "stock long": ("stock", LONG),
+    "r=0.5 long": ("r=0.5", LONG),
+    "stock at stored, r=0.5": ("stock", STORED[0.5]),
+    "r=0.75 long": ("r=0.75", LONG),
+    "stock at stored, r=0.75": ("stock", STORED[0.75]),
+    "stock short": ("stock", SHORT),
+    "r=0.5 short": ("r=0.5", SHORT),
+}
+ENGINES: dict[str, float | None] = {"stock": None, "r=0.5": 0.5, "r=0.75": 0.75}
+
+
+def serve_engine(pipe: Any, model: str, ratio: float | None) -> None:
+    """Answer (prompt length, seed) with timings until None arrives."""
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1")
+    if ratio is None:
+        os.environ["VLLM_PLUGINS"] = "none"
+    from vllm import LLM
+
+    ours: dict[str, Any] = {}
+    if ratio is not None:
+        settings = {"token_filtering": {"pruning_ratio": ratio}}
+        ours = {"attention_backend": "TOKEN_FILTERING", "additional_config": settings}
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        max_model_len=8192,
+        max_num_seqs=REQUESTS,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=KV_BYTES,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        seed=0,
+        **ours,
+    )
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        pipe.send(measure(llm.llm_engine, *task))
+
+
+def measure(engine: Any, prompt_tokens: int, seed: int) -> dict[str, Any]:
+    """Run the requests together; times in seconds, resident size in bytes."""
+    from vllm import SamplingParams
+
+    draw = random.Random(seed)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    started = time.perf_counter()
+    for i in range(REQUESTS):
+        prompt = {"prompt_token_ids": [draw.randrange(100, 40000) for _ in range(prompt_tokens)]}
+        engine.add_request(f"{seed}-{i}", prompt, sampling)
+    first: dict[str, float] = {}
+    between = []
+    while engine.has_unfinished_requests():
+        before = time.perf_counter()
+        outputs = engine.step()
+        now = time.perf_counter()
+        if len(first) == REQUESTS and len(outputs) == REQUESTS:
+            between.append(now - before)
+        for output in outputs:
+            first.setdefault(output.request_id, now - started)
+    return {
+        "time_between_tokens_s": statistics.median(between),
+        "steps": len(between),
+        "first_token_mean_s": statistics.mean(first.values()),
+        "first_token_last_s": max(first.values()),
+        "resident_bytes": psutil.Process().memory_info().rss,
+    }
+
+
+def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, least and greatest over repeats, of the cases and of the ratios inside one repeat."""
+
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+    def ratio(above: str, below: str, key: str = "time_between_tokens_s") -> dict[str, float]:
+        return spread([sample[above][key] / sample[below][key] for sample in samples])
+
+    resident = {
+        name: statistics.median(
+            max(sample[case]["resident_bytes"] for case, (engine, _) in CASES.items() if engine == name)
+            for sample in samples
+        )
+        for name in ENGINES
+    }
+    return {
+        "cases": {
+            case: {key: spread([sample[case][key] for sample in samples]) for key in samples[0][case]} for case in CASES
+        },
+        "ratios": {
+            "speedup of r=0.5 over stock": ratio("stock long", "r=0.5 long"),
+            "speedup of r=0.75 over stock": ratio("stock long", "r=0.75 long"),
+            "r=0.5 against stock at stored tokens": ratio("r=0.5 long", "stock at stored, r=0.5"),
+            "r=0.75 against stock at stored tokens": ratio("r=0.75 long", "stock at stored, r=0.75"),
+            "r=0.5 against stock, short": ratio("r=0.5 short", "stock short"),
+            "first token of r=0.5 against stock, mean": ratio("r=0.5 long", "stock long", "first_token_mean_s"),
+            "first token of r=0.5 against stock, last": ratio("r=0.5 long", "stock long", "first_token_last_s"),
+            "first token of r=0.75 against stock, mean": ratio("r=0.75 long", "stock long", "first_token_mean_s"),
+        },
+        "resident_growth_share_of_kv_cache": {
+            name: (resident[name] - resident["stock"]) / KV_BYTES for name in ENGINES if name != "stock"
+        },
+    }
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 7,
+    out: Annotated[Path, typer.Option(help="Result file.")] = OUT,
+) -> None:
+    """Measure, print a table, write the JSON."""
+    console = Console()
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    model = str(default_model_path())
+    for name, ratio in ENGINES.items():
+        with console.status(f"Starting {name} ..."):
+            pipes[name], end = context.Pipe()
+            processes.append(context.Process(target=serve_engine, args=(end, model, ratio)))
+            processes[-1].start()
+            pipes[name].recv()
+    samples = []
+    for repeat in track(range(-1, repeats), description="Repeats (the first warms up)"):
+        sample = {}
+        cases = list(CASES.items())
+        # Every other repeat runs backwards, so that no case always follows the same one.
+        for case, (engine, length) in cases if repeat % 2 else reversed(cases):
+            pipes[engine].send((length if repeat >= 0 else min(length, 600), 1000 * (repeat + 1) + len(sample)))
+            sample[case] = pipes[engine].recv()
+        if repeat >= 0:
+            samples.append(sample)
+    for pipe, process in zip(pipes.values(), processes, strict=True):
+        pipe.send(None)
+        process.join(30)
+    result = {
+        "benchmark": "attention_speed",
+        **provenance(),
+        "model": "SmolLM2-135M-Instruct",
+        "parameters": {
+            "requests": REQUESTS,
+            "long_tokens": LONG,
+            "short_tokens": SHORT,
+            "stored_tokens": {str(ratio): stored for ratio, stored in STORED.items()},
+            "new_tokens": NEW_TOKENS,
+            "kv_cache_bytes": KV_BYTES,
+            "repeats": repeats,
+        },
+        "summary": summarise(samples),
+        "samples": samples,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    table = Table("ratio", "median", "least", "greatest")
+    for name, values in result["summary"]["ratios"].items():
+        table.add_row(name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest")))
+    console.print(table)
+    console.print({name: f"{v:.2%}" for name, v in result["summary"]["resident_growth_share_of_kv_cache"].items()})
+    console.print(f"Written: {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

