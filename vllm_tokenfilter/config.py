@@ -17,6 +17,7 @@ from vllm_tokenfilter.layout import Layout
 CONFIG_KEY = "token_filtering"
 
 Fusion = Literal["variance_aware", "mean", "key", "value"]
+Selector = Literal["anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency"]
 
 
 class FilterConfig(BaseModel):
@@ -73,6 +74,22 @@ class FilterConfig(BaseModel):
             "mean averages both, key and value use one alone."
         ),
         json_schema_extra={"unit": "name"},
+    )
+    selector: Selector = Field(
+        default="anchor",
+        description=(
+            "How tokens are ranked: anchor is ours (key and value similarity to running anchors, see fusion); the "
+            "others are rival methods for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and recency "
+            "(StreamingLLM: sinks and newest tokens only)."
+        ),
+        json_schema_extra={"unit": "name"},
+    )
+    random_seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**16,
+        description="Seed of the selector random; without effect on the others.",
+        json_schema_extra={"unit": "seed"},
     )
     dense_layers: tuple[int, ...] = Field(
         default=(),

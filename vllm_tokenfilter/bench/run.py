@@ -1,0 +1,297 @@
+"""Measures a grid on every server in turn, saves after every sample, and sums up: medians, spread, ratio to stock."""
+
+import contextlib
+import json
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_tokenfilter.bench.servers import PeakMemory, Server, started
+from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
+from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.provenance import provenance
+
+BASELINE = "stock"
+
+
+class Sample(BaseModel):
+    """One server, one workload, once.
+
+    Attributes:
+        server: its name.
+        context: prompt tokens of each request.
+        concurrency: requests sent together.
+        repeat: from 0.
+        first_token_s: time to first token of each request.
+        between_median_s: median time between tokens, over all tokens of all requests.
+        between_p99_s: 99th percentile of the same.
+        output_tokens_per_s: tokens of all answers over the time from the first request to the last token.
+        requests_per_s: requests over the same time.
+        peak_resident_bytes: of the server's process tree; 0 if it was not started here.
+        preemptions: during the sample.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    server: str
+    context: int
+    concurrency: int
+    repeat: int
+    first_token_s: list[float]
+    between_median_s: float
+    between_p99_s: float
+    output_tokens_per_s: float
+    requests_per_s: float
+    peak_resident_bytes: int
+    preemptions: float
+
+
+class Benchmark(BaseModel):
+    """A result file.
+
+    Attributes:
+        kind: "benchmark", so that a reader knows the file.
+        commit, command, machine, versions, time: see provenance.py.
+        model: the served name.
+        parameters: output tokens, server flags and the grid.
+        capacity: server -> what vLLM said at start: kv_cache_tokens, max_concurrency.
+        samples: every measurement, in the order it was made.
+        summary: a row per server and workload: medians with least and greatest over repeats, and the ratios to stock
+            of the same repeat.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = "benchmark"
+    commit: str
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    time: str
+    model: str
+    parameters: dict[str, Any]
+    capacity: dict[str, dict[str, float]] = {}
+    samples: list[Sample] = []
+    summary: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        model: path or Hugging Face id; unused with urls.
+        contexts: prompt tokens.
+        concurrencies: requests sent together.
+        ratios: pruning ratios, one server each, beside stock.
+        repeats: interleaved repeats; one more warms up.
+        output_tokens: tokens of each answer.
+        settings: further settings of the filter.
+        server_flags: further flags of every server.
+        urls: name -> url of servers that run already, measured instead of starting any.
+        headers: sent with every request.
+        seed: of the prompts.
+    """
+
+    model: str
+    contexts: list[int]
+    concurrencies: list[int]
+    ratios: list[float]
+    repeats: int
+    output_tokens: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    server_flags: list[str] = field(default_factory=list)
+    urls: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what is wrong before a server starts.
+
+        Raises:
+            EvaluationError: a number is out of range.
+            ConfigError: a ratio or setting cannot hold.
+        """
+        reasons = [f"context={value} is no prompt; use at least 1." for value in self.contexts if value < 1]
+        reasons += [f"concurrency={value} sends nothing; use at least 1." for value in self.concurrencies if value < 1]
+        if reasons:
+            raise EvaluationError(reasons)
+        for ratio in self.ratios:
+            FilterConfig.parse({**self.settings, "pruning_ratio": ratio})
+
+
+#: Told how many samples there will be; returns what to call before each with its description.
+Progress = Callable[[int], Callable[[str], None]]
+
+
+def run(plan: Plan, out: Path, progress: Progress) -> Benchmark:
+    """Measure what `out` does not hold yet; it is written after every sample, so an interrupted run resumes.
+
+    Raises:
+        EvaluationError: a server does not start or answer, or `out` cannot be used.
+    """
+    from vllm_tokenfilter.integration.http_client import complete_together
+
+    parameters = {
+        "output_tokens": plan.output_tokens,
+        "contexts": plan.contexts,
+        "concurrencies": plan.concurrencies,
+        "settings": plan.settings,
+        "server_flags": plan.server_flags,
+        "urls": plan.urls,
+        "seed": plan.seed,
+    }
+    with contextlib.ExitStack() as stack:
+        benchmark = _open(plan, parameters, out)
+        servers = _servers(plan, stack)
+        names = {server.name: _require_fits(server, plan) for server in servers}
+        benchmark.capacity |= {server.name: server.capacity() for server in servers}
+        done = {(s.server, s.context, s.concurrency, s.repeat) for s in benchmark.samples}
+        loads = [(context, concurrency) for context in plan.contexts for concurrency in plan.concurrencies]
+        step = progress((plan.repeats + 1) * len(loads) * len(servers))
+        for repeat in range(-1, plan.repeats):
+            for context, concurrency in loads:
+                # Every other repeat runs backwards, so that no server always follows the same one.
+                for server in servers if repeat % 2 else servers[::-1]:
+                    step(f"{server.name}, {concurrency} x {context} tokens")
+                    if (server.name, context, concurrency, repeat) in done:
+                        continue
+                    draw = random.Random(f"{plan.seed} {context} {concurrency} {repeat}")
+                    # The warm-up need not be as long as the load.
+                    length = context if repeat >= 0 else min(context, 256)
+                    prompts = [[draw.randrange(100, 10000) for _ in range(length)] for _ in range(concurrency)]
+                    before = server.metrics()
+                    with PeakMemory(server) as memory:
+                        timings = complete_together(
+                            server.url, names[server.name], prompts, plan.output_tokens, plan.headers
+                        )
+                    if repeat < 0:
+                        continue
+                    after = server.metrics()
+                    between = sorted(value for timing in timings for value in timing.between)
+                    total = max(timing.first_token + sum(timing.between) for timing in timings)
+                    benchmark.samples.append(
+                        Sample(
+                            server=server.name,
+                            context=context,
+                            concurrency=concurrency,
+                            repeat=repeat,
+                            first_token_s=[timing.first_token for timing in timings],
+                            between_median_s=statistics.median(between) if between else 0.0,
+                            between_p99_s=between[min(len(between) - 1, int(0.99 * len(between)))] if between else 0.0,
+                            output_tokens_per_s=sum(timing.output_tokens for timing in timings) / total,
+                            requests_per_s=len(timings) / total,
+                            peak_resident_bytes=memory.peak,
+                            preemptions=after.get("preemptions", 0) - before.get("preemptions", 0),
+                        )
+                    )
+                    benchmark.summary = summarise(benchmark.samples)
+                    benchmark.time = provenance()["time"]
+                    write(benchmark, out)
+    return benchmark
+
+
+def _servers(plan: Plan, stack: contextlib.ExitStack) -> list[Server]:
+    if plan.urls:
+        return [
+            Server(name, url.rstrip("/").removesuffix("/v1"), headers=plan.headers) for name, url in plan.urls.items()
+        ]
+    longest = max(plan.contexts) + plan.output_tokens + 1
+    flags = [
+        "--model",
+        plan.model,
+        "--served-model-name",
+        Path(plan.model).name,
+        "--max-model-len",
+        str(longest),
+        "--max-num-seqs",
+        str(max(plan.concurrencies)),
+        *plan.server_flags,
+    ]
+    servers = [stack.enter_context(started(BASELINE, flags, {"VLLM_PLUGINS": ""}))]
+    for ratio in plan.ratios:
+        settings = json.dumps({CONFIG_KEY: {**plan.settings, "pruning_ratio": ratio}})
+        ours = ["--attention-backend", "TOKEN_FILTERING", "--additional-config", settings]
+        servers.append(stack.enter_context(started(f"r={ratio:g}", [*flags, *ours], {})))
+    return servers
+
+
+def _require_fits(server: Server, plan: Plan) -> str:
+    name, longest = server.model()
+    if max(plan.contexts) + plan.output_tokens > longest:
+        raise EvaluationError(
+            [
+                f"context={max(plan.contexts)} with {plan.output_tokens} output tokens is longer than the {longest} "
+                f"tokens {server.url} serves; use a shorter --context."
+            ]
+        )
+    return name
+
+
+def _open(plan: Plan, parameters: dict[str, Any], out: Path) -> Benchmark:
+    model = Path(plan.model).name if not plan.urls else ", ".join(plan.urls)
+    fresh = Benchmark(**provenance(), model=model, parameters=parameters)
+    if not out.exists():
+        write(fresh, out)
+        return fresh
+    try:
+        old = Benchmark.model_validate_json(out.read_text())
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise EvaluationError([f"json={out} is no result file of bench ({first}); choose another name."]) from None
+    if old.model != model or old.parameters != json.loads(json.dumps(parameters)):
+        raise EvaluationError([f"json={out} holds another grid or model; choose another name or remove it."])
+    return fresh.model_copy(update={"samples": old.samples, "capacity": old.capacity, "summary": old.summary})
+
+
+def write(benchmark: Benchmark, out: Path) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        EvaluationError: it cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(out.name + ".part")
+        part.write_text(json.dumps(benchmark.model_dump(mode="json"), indent=1) + "\n")
+        part.replace(out)
+    except OSError as error:
+        raise EvaluationError([f"json={out} cannot be written ({error}); choose another place."]) from None
+
+
+def summarise(samples: list[Sample]) -> list[dict[str, Any]]:
+    """A row per server and workload; see `Benchmark.summary`."""
+    figures: dict[str, Callable[[Sample], float]] = {
+        "first_token_s": lambda sample: statistics.mean(sample.first_token_s),
+        "between_median_s": lambda sample: sample.between_median_s,
+        "between_p99_s": lambda sample: sample.between_p99_s,
+        "output_tokens_per_s": lambda sample: sample.output_tokens_per_s,
+        "requests_per_s": lambda sample: sample.requests_per_s,
+        "peak_resident_bytes": lambda sample: float(sample.peak_resident_bytes),
+        "preemptions": lambda sample: sample.preemptions,
+    }
+    stock = {(s.context, s.concurrency, s.repeat): s for s in samples if s.server == BASELINE}
+    rows = []
+    for key in dict.fromkeys((s.server, s.context, s.concurrency) for s in samples):
+        own = [s for s in samples if (s.server, s.context, s.concurrency) == key]
+        row: dict[str, Any] = {"server": key[0], "context": key[1], "concurrency": key[2], "repeats": len(own)}
+        for name, figure in figures.items():
+            row[name] = _spread([figure(sample) for sample in own])
+            pairs = [
+                (figure(s), figure(stock[s.context, s.concurrency, s.repeat]))
+                for s in own
+                if (s.context, s.concurrency, s.repeat) in stock
+            ]
+            if key[0] != BASELINE and pairs and all(base for _, base in pairs):
+                row[f"{name}_to_stock"] = _spread([value / base for value, base in pairs])
+        rows.append(row)
+    return rows
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}

@@ -1,0 +1,1 @@
+"""Quality at equal budget: perplexity and divergence, the paper's tasks, and recall over long contexts."""

@@ -1,0 +1,95 @@
+"""Perplexity, and how far the next-token distribution moves from dense, on windows of running text.
+
+Windows do not overlap, each is scored alone from its second token on. The dense distribution of a window is kept as
+its last hidden states (a hundredth of its logits) and spread out again when another method is compared with it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_tokenfilter.integration.scoring import ScoringEngine
+
+
+@dataclass
+class WindowScores:
+    """Sums over the scored positions of one window."""
+
+    count: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+
+@dataclass
+class DenseWindows:
+    """Last hidden states of the dense model, one [num_tokens, hidden_size] per window."""
+
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+
+def windows_of(tokens: list[int], length: int, count: int) -> list[list[int]]:
+    """The first `count` whole windows of `length` tokens; all of them if count is 0."""
+    starts = range(0, len(tokens) - length + 1, length)
+    return [tokens[start : start + length] for start in (starts[:count] if count else starts)]
+
+
+def score_windows(
+    scorer: "ScoringEngine",
+    windows: list[list[int]],
+    step_tokens: int,
+    dense: DenseWindows,
+    advance: Callable[[], None],
+) -> list[WindowScores]:
+    """Score every window with the filter's present settings.
+
+    Args:
+        scorer: the engine.
+        windows: token ids.
+        step_tokens: tokens of each step.
+        dense: filled if empty (the settings must then be dense), compared with if not.
+        advance: called once a window is done.
+    """
+    scores = [WindowScores() for _ in windows]
+    record = not dense.hidden
+    if record:
+        dense.hidden = [torch.empty(0) for _ in windows]
+
+    def consume(index: int, start: int, hidden: torch.Tensor) -> None:
+        window, score = windows[index], scores[index]
+        targets = torch.tensor(window[start + 1 : start + 1 + len(hidden)])
+        if record:
+            if not len(dense.hidden[index]):
+                dense.hidden[index] = torch.empty(len(window), hidden.shape[1], dtype=hidden.dtype)
+            dense.hidden[index][start : start + len(hidden)] = hidden
+        if not len(targets):
+            return
+        logprobs = scorer.logits(hidden[: len(targets)]).log_softmax(-1)
+        score.count += len(targets)
+        score.nll -= float(logprobs.gather(1, targets[:, None]).sum())
+        if record:
+            score.agreed += len(targets)
+        else:
+            base = scorer.logits(dense.hidden[index][start : start + len(targets)]).log_softmax(-1)
+            score.kl += float((base.exp() * (base - logprobs)).sum())
+            score.agreed += int((base.argmax(-1) == logprobs.argmax(-1)).sum())
+        if score.count == len(window) - 1:
+            advance()
+
+    scorer.feed(windows, step_tokens, consume)
+    return scores
+
+
+def summarise(scores: list[WindowScores]) -> tuple[dict[str, float], list[float]]:
+    """Values of a cell and its samples: the mean negative log-likelihood of each window, in nats."""
+    count = sum(score.count for score in scores)
+    values = {
+        "perplexity": math.exp(sum(score.nll for score in scores) / count),
+        "kl": sum(score.kl for score in scores) / count,
+        "top1_agreement": sum(score.agreed for score in scores) / count,
+    }
+    return values, [score.nll / score.count for score in scores]

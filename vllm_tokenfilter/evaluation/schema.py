@@ -1,0 +1,104 @@
+"""What an evaluation is asked and what it answers; the result file is one `Evaluation` as JSON."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm_tokenfilter.config import FilterConfig
+
+#: Method -> the settings that make the filter choose as it does; docs/algorithm.md cites the sources.
+METHODS: dict[str, dict[str, str]] = {
+    "variance_aware": {"selector": "anchor", "fusion": "variance_aware"},
+    "key": {"selector": "anchor", "fusion": "key"},
+    "value": {"selector": "anchor", "fusion": "value"},
+    "mean": {"selector": "anchor", "fusion": "mean"},
+    "random": {"selector": "random"},
+    "keydiff": {"selector": "keydiff"},
+    "key_norm": {"selector": "key_norm"},
+    "value_key_norm": {"selector": "value_key_norm"},
+    "lagkv": {"selector": "lagkv"},
+    "recency": {"selector": "recency"},
+}
+
+
+class Cell(BaseModel):
+    """One measurement: a method's settings under one metric.
+
+    Attributes:
+        method: a key of METHODS, or "dense".
+        settings: every setting of the filter, as in docs/configuration.md.
+        metric: perplexity, recall, or a task's name.
+        parameters: what was measured: sequence length, rows, depth, ...
+        values: the figures by name. perplexity; kl (mean KL divergence of the next-token distribution from dense to
+            filtered, nats); top1_agreement (share of positions where both name the same likeliest token); accuracy
+            and its standard error; token_accuracy; answer_logprob (mean per token, nats).
+        samples: per window, row or trial, in order, what `values` is the mean of: for paired comparisons.
+        tokens_seen: positions computed.
+        tokens_pruned: positions that left the cache of every filtered layer.
+        rows_dense: steps of requests that read every token, by reason.
+        filter_active: whether anything was removed; False at a ratio above 0 is "filter inactive", no quality result.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    settings: dict[str, Any]
+    metric: str
+    parameters: dict[str, Any]
+    values: dict[str, float]
+    samples: list[float]
+    tokens_seen: int
+    tokens_pruned: int
+    rows_dense: dict[str, int]
+    filter_active: bool
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two cells the same measurement."""
+        return (repr(sorted(self.settings.items())), self.metric, repr(sorted(self.parameters.items())))
+
+
+class Evaluation(BaseModel):
+    """A result file.
+
+    Attributes:
+        kind: "evaluation", so that a reader knows the file.
+        commit: commit of the package, "+changes" if files differed.
+        command: how to run it again.
+        machine: processor, cores, memory.
+        versions: of this package and what it stands on.
+        time: when the last cell was measured, UTC.
+        model: path's last part or Hugging Face id.
+        text: what prose was read.
+        seed: of every generator.
+        cells: the measurements.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = "evaluation"
+    commit: str
+    command: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    time: str
+    model: str
+    text: str
+    seed: int
+    cells: list[Cell] = []
+
+
+def settings_of(method: str, ratio: float, window: int, chunk: int, extra: dict[str, Any]) -> FilterConfig:
+    """The filter's settings for one point of the grid; ratio 0 is dense whatever the method.
+
+    Raises:
+        ConfigError: they cannot hold.
+    """
+    chosen: dict[str, Any] = {
+        "pruning_ratio": ratio,
+        "recent_window": window,
+        "chunk_size": chunk,
+        "anchor_terms": min(64, chunk),
+        "sink_tokens": min(4, max(0, chunk - round(ratio * chunk))),
+    }
+    return FilterConfig.parse({**chosen, **METHODS[method], **extra})

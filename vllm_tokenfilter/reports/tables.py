@@ -1,0 +1,104 @@
+"""Tables of result files as rows of text, the first row the head: for pages, documents and terminals alike."""
+
+from typing import Any
+
+Rows = list[list[str]]
+
+_NAMES = {
+    "perplexity": ("perplexity", "{:.3f}"),
+    "kl": ("KL from dense", "{:.4f}"),
+    "top1_agreement": ("top-1 agreement", "{:.1%}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "standard_error": ("standard error", "{:.1%}"),
+    "accuracy_normalised": ("normalised", "{:.1%}"),
+    "standard_error_normalised": ("its error", "{:.1%}"),
+    "token_accuracy": ("token accuracy", "{:.1%}"),
+    "whole_answers": ("whole answers", "{:.1%}"),
+    "answer_logprob": ("log-probability", "{:.3f}"),
+}
+
+
+def evaluation_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """A table per metric: title and rows, in the order measured."""
+    cells = result["cells"]
+    found = []
+    for metric in dict.fromkeys(cell["metric"] for cell in cells):
+        own = [cell for cell in cells if cell["metric"] == metric]
+        names = [name for name in _NAMES if any(name in cell["values"] for cell in own)]
+        measured = [key for key in own[0]["parameters"] if key != "step_tokens"]
+        head = ["method", "ratio", "chunk", "window", "dense layers", *(key.replace("_", " ") for key in measured)]
+        rows = [head + [_NAMES[name][0] for name in names]]
+        rows += [
+            settings_row(cell) + [str(cell["parameters"][key]) for key in measured] + _values(cell, names)
+            for cell in own
+        ]
+        found.append((f"{metric}: {result['model']}", rows))
+    return found
+
+
+def settings_row(cell: dict[str, Any]) -> list[str]:
+    """Method, ratio, chunk, window and dense layers of a cell."""
+    settings = cell["settings"]
+    if cell["method"] == "dense":
+        return ["dense", "0", "-", "-", "-"]
+    dense = [*range(settings["first_layer"]), *settings["dense_layers"]]
+    return [
+        cell["method"],
+        f"{settings['pruning_ratio']:g}",
+        str(settings["chunk_size"]),
+        str(settings["recent_window"]),
+        " ".join(map(str, dense)) or "none",
+    ]
+
+
+def _values(cell: dict[str, Any], names: list[str]) -> list[str]:
+    if cell["settings"]["pruning_ratio"] > 0 and not cell["filter_active"]:
+        return ["filter inactive", *[""] * (len(names) - 1)]
+    return [_NAMES[name][1].format(cell["values"][name]) if name in cell["values"] else "" for name in names]
+
+
+def benchmark_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """One table: a row per server and workload; ratios to stock in brackets."""
+    rows = [
+        [
+            "server",
+            "requests",
+            "context",
+            "first token",
+            "between tokens",
+            "99th percentile",
+            "output tokens/s",
+            "peak memory",
+            "KV cache tokens",
+            "preemptions",
+        ]
+    ]
+    for row in result["summary"]:
+        capacity = result["capacity"].get(row["server"], {}).get("kv_cache_tokens")
+        rows.append(
+            [
+                row["server"],
+                str(row["concurrency"]),
+                str(row["context"]),
+                f"{row['first_token_s']['median'] * 1e3:.0f} ms" + _ratio(row, "first_token_s"),
+                f"{row['between_median_s']['median'] * 1e3:.1f} ms" + _ratio(row, "between_median_s"),
+                f"{row['between_p99_s']['median'] * 1e3:.1f} ms",
+                f"{row['output_tokens_per_s']['median']:.1f}" + _ratio(row, "output_tokens_per_s"),
+                f"{row['peak_resident_bytes']['median'] / 2**30:.2f} GiB",
+                f"{capacity:,.0f}" if capacity else "-",
+                f"{row['preemptions']['median']:.0f}",
+            ]
+        )
+    return [(f"Serving {result['model']}; in brackets the ratio to stock in the same repeat (median)", rows)]
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    ratio = row.get(f"{name}_to_stock")
+    return f" ({ratio['median']:.2f})" if ratio else ""
+
+
+def markdown(rows: Rows) -> str:
+    """Rows as a Markdown table."""
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
