@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_tokenfilter.errors import EvaluationError
 
 _START_TIMEOUT_S = 900.0
+_SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
 
 
 @dataclass
@@ -111,16 +112,7 @@ def started(name: str, arguments: list[str], environment: dict[str, str]) -> Ite
     # The log goes to a file, because a pipe that nobody reads would stop the server when full.
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                *arguments,
-            ],
+            [*_SERVE, "--port", str(port), *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from vllm_tokenfilter.cli.output import print_tables
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation.run import Plan, run
-from vllm_tokenfilter.evaluation.schema import Cell, Evaluation
 from vllm_tokenfilter.evaluation.texts import load_text
+from vllm_tokenfilter.reports.tables import evaluation_tables
 
 
 def evaluate(plan: Plan, text_source: str | None, out: Path, html: Path | None) -> None:
@@ -29,8 +29,7 @@ def evaluate(plan: Plan, text_source: str | None, out: Path, html: Path | None) 
     console = Console(stderr=True)
     with _progress(console) as progress:
         evaluation = run(plan, text, out, progress)
-    for table in tables(evaluation):
-        Console().print(table)
+    print_tables(evaluation_tables(evaluation.model_dump(mode="json")))
     console.print(f"Written: {out}")
     if html is not None:
         from vllm_tokenfilter.reports.page import write_page
@@ -52,33 +51,3 @@ def _progress(console: Console) -> Iterator[Callable[[str, int], Callable[[], No
             return lambda: bar.advance(current[-1])
 
         yield start
-
-
-def tables(evaluation: Evaluation) -> list[Table]:
-    """One table a metric: a row per cell, dense first, as measured."""
-    found = []
-    for metric in dict.fromkeys(cell.metric for cell in evaluation.cells):
-        cells = [cell for cell in evaluation.cells if cell.metric == metric]
-        names = list(dict.fromkeys(name for cell in cells for name in cell.values))
-        table = Table("method", "ratio", "chunk", "window", "measured", *names, title=metric)
-        for cell in cells:
-            table.add_row(*_row(cell, names))
-        found.append(table)
-    return found
-
-
-def _row(cell: Cell, names: list[str]) -> list[str]:
-    settings = cell.settings
-    measured = ", ".join(f"{key} {value}" for key, value in cell.parameters.items() if key != "step_tokens")
-    inactive = settings["pruning_ratio"] > 0 and not cell.filter_active
-    values = [f"{cell.values[name]:.4f}" if name in cell.values else "" for name in names]
-    if inactive:
-        values = ["filter inactive", *[""] * (len(names) - 1)]
-    return [
-        cell.method,
-        f"{settings['pruning_ratio']:g}",
-        str(settings["chunk_size"]),
-        str(settings["recent_window"]),
-        measured,
-        *values,
-    ]

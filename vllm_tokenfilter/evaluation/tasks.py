@@ -118,7 +118,7 @@ def run_task(
     model = _scoring_lm(scorer, step_tokens, advance)
     try:
         found = simple_evaluate(
-            model=model, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
+            model=model, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=1000, log_samples=True
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
         raise EvaluationError([f"task={name} has no data ({error}); pass --data-dir."]) from None
