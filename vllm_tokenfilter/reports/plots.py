@@ -20,11 +20,11 @@ def plots(results: list[Result]) -> dict[str, str]:
     found: dict[str, str] = {}
     longest = next(iter(lengths(results)), 0)
     if longest and (curves := quality_curves(results, longest, 64)):
-        found[f"Perplexity against pruning ratio ({longest} tokens, window 64)"] = _lines(
+        found[f"Perplexity against pruning ratio ({longest} tokens, window 64)"] = lines(
             curves, "pruning ratio", "perplexity relative to dense"
         )
     if curves := speed_curves(results):
-        found["Decoding speed against context"] = _lines(curves, "context in tokens", "times stock vLLM", base=1.0)
+        found["Decoding speed against context"] = lines(curves, "context in tokens", "times stock vLLM", base=1.0)
     if longest and (points := joined(results, longest, 64)):
         found["Speed against quality"] = _points(points)
     return found
@@ -51,7 +51,8 @@ def _axes() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _lines(curves: list[Curve], x: str, y: str, base: float | None = None) -> str:
+def lines(curves: list[Curve], x: str, y: str, base: float | None = None) -> str:
+    """A line plot as SVG text; `base` draws a dotted line at that height."""
     figure, axes = _axes()
     if base is not None:
         axes.axhline(base, color=_INK, linewidth=1, linestyle=":")

@@ -1,0 +1,49 @@
+"""Bad input to bench and eval ends in one sentence and status 2, before anything heavy starts."""
+
+import subprocess
+import sys
+
+import pytest
+
+CLI = [sys.executable, "-m", "vllm_tokenfilter.cli.app"]
+MODEL = ["--model", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["eval", *MODEL, "--method", "magic"], "method=magic is unknown; use one of variance_aware"),
+        (["eval", *MODEL, "--metric", "taste"], "metric=taste is unknown"),
+        (["eval", *MODEL, "--ratio", "1.5"], "pruning_ratio=1.5"),
+        (["eval", *MODEL, "--window", "8"], "recent_window=8 is below chunk_size=64"),
+        (["eval", *MODEL, "--depth", "2"], "depth=2.0 is outside 0 to 1"),
+        (["eval", *MODEL, "--length", "1"], "length=1 is too short"),
+        (["eval", *MODEL, "--data-dir", "/nowhere"], "data-dir=/nowhere is no folder"),
+        (["eval", *MODEL, "--text", "/nowhere.txt"], "text=/nowhere.txt cannot be read"),
+        (["eval", *MODEL, "--text", "wikitext2"], "text=wikitext2 is not in --data-dir and HF_HUB_OFFLINE=1"),
+        (["eval", *MODEL, "--json", "/dev/null/x.json"], "json=/dev/null/x.json cannot be written"),
+        (["eval", *MODEL, "--html", "/nowhere/x.html"], "html=/nowhere/x.html cannot be written"),
+        (["eval", *MODEL, "--metric", "tasks", "--task", "chess_trivia"], "task=chess_trivia is no task of lm-eval"),
+        (["eval", *MODEL, "--metric", "tasks", "--task", "boolq"], "task=boolq has no data"),
+        (["bench", "--url", "http://127.0.0.1:9", "--quick"], "url=http://127.0.0.1:9 does not answer"),
+        (["bench", "--url", "no url", "--quick"], "url=no url does not answer"),
+        (["bench", *MODEL, "--ratio", "-1"], "pruning_ratio=-1"),
+        (["bench", *MODEL, "--context", "0"], "context=0 is no prompt"),
+        (["bench", *MODEL, "--concurrency", "0"], "concurrency=0 sends nothing"),
+        (["bench", *MODEL, "--json", "/dev/null/x.json"], "json=/dev/null/x.json cannot be written"),
+        (["bench", *MODEL, "--html", "/nowhere/x.html"], "html=/nowhere/x.html cannot be written"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    done = subprocess.run([*CLI, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vllm-tokenfilter: ") and sentence in last
+
+
+def test_a_result_file_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "eval.json").write_text('{"precious": 1}')
+    done = subprocess.run([*CLI, "eval", *MODEL], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "is no result file of eval" in done.stderr
+    assert (tmp_path / "eval.json").read_text() == '{"precious": 1}'

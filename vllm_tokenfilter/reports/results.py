@@ -1,0 +1,165 @@
+"""docs/results.md and the README's first figures, rendered from benchmarks/results/*.json and nothing else."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from vllm_tokenfilter.reports.figures import Result
+from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown
+
+_BOOTSTRAP_DRAWS = 2000
+
+_INTRODUCTION = """# Results
+
+Every figure on this page is rendered from a file in [benchmarks/results/](../benchmarks/results/) by `make docs`;
+each file names commit, command, machine and versions. Ratios are taken inside one run against stock vLLM. Losing
+figures stay.
+"""
+
+
+def load_results(folder: Path) -> dict[str, Result]:
+    """Result files by name, without the ending, in alphabetical order."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def results_page(results: dict[str, Result]) -> str:
+    """The page: speed of the attention, serving, then quality."""
+    parts = [_INTRODUCTION]
+    if speed := results.get("attention_speed"):
+        parts += ["## Decoding against a filtered cache\n", _attention(speed), _origin("attention_speed", speed)]
+    for name, result in results.items():
+        if result.get("kind") == "benchmark":
+            for title, rows in benchmark_tables(result):
+                parts += [f"## {title}\n", markdown(rows) + "\n"]
+            parts.append(_origin(name, result))
+    for name, result in results.items():
+        if result.get("kind") == "evaluation":
+            parts.append(f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n")
+            if intervals := paired_intervals(result):
+                parts += [_INTERVALS, markdown(intervals) + "\n"]
+            for _, rows in evaluation_tables(result):
+                parts.append(markdown(rows) + "\n")
+            parts.append(_origin(name, result))
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_INTERVALS = """
+Ours against each rival on the same windows: perplexity of the rival over ours, with the 95 % interval of
+a paired bootstrap over windows. Above 1 ours is better; an interval that holds 1 decides nothing.
+"""
+
+
+def paired_intervals(result: Result) -> Rows:
+    """Rival over variance_aware in perplexity, with paired bootstrap intervals; no rows where nothing can be paired."""
+    cells = [cell for cell in result["cells"] if cell["metric"] == "perplexity" and cell["filter_active"]]
+    rows: Rows = [["rival", "ratio", "chunk", "window", "tokens", "windows", "rival / ours", "95 % interval"]]
+    for ours in cells:
+        if ours["method"] != "variance_aware" or len(ours["samples"]) < 8:
+            continue
+        for rival in cells:
+            if rival["method"] != "variance_aware" and _comparable(ours, rival):
+                low, high = _bootstrap([b - a for a, b in zip(ours["samples"], rival["samples"], strict=True)])
+                settings, parameters = ours["settings"], ours["parameters"]
+                rows.append(
+                    [
+                        rival["method"],
+                        f"{settings['pruning_ratio']:g}",
+                        str(settings["chunk_size"]),
+                        str(settings["recent_window"]),
+                        str(parameters["sequence_length"]),
+                        str(parameters["windows"]),
+                        f"{rival['values']['perplexity'] / ours['values']['perplexity']:.4f}",
+                        f"{low:.4f} to {high:.4f}",
+                    ]
+                )
+    return rows if len(rows) > 1 else []
+
+
+def _comparable(ours: dict[str, Any], rival: dict[str, Any]) -> bool:
+    same = ("pruning_ratio", "chunk_size", "recent_window", "sink_tokens", "dense_layers", "first_layer")
+    return ours["parameters"] == rival["parameters"] and all(
+        ours["settings"][key] == rival["settings"][key] for key in same
+    )
+
+
+def _bootstrap(differences: list[float]) -> tuple[float, float]:
+    """95 % interval of exp(mean difference), windows drawn with replacement, seeded."""
+    draw = random.Random(0)
+    count = len(differences)
+    means = sorted(sum(draw.choices(differences, k=count)) / count for _ in range(_BOOTSTRAP_DRAWS))
+    return math.exp(means[int(0.025 * _BOOTSTRAP_DRAWS)]), math.exp(means[int(0.975 * _BOOTSTRAP_DRAWS) - 1])
+
+
+def readme_block(results: dict[str, Result]) -> str:
+    """The README's figures: the plot and a table of speed, capacity, perplexity and agreement at ratio 0.5."""
+    parts = []
+    if "perplexity_grid" in results:
+        parts.append("![Perplexity against pruning ratio, ours and rival methods](docs/quality.svg)\n")
+    rows: Rows = [["SmolLM2-135M-Instruct, half of every sealed chunk removed", "measured", "from"]]
+    if speed := results.get("attention_speed"):
+        ratio = speed["summary"]["ratios"]["speedup of r=0.5 over stock"]
+        parameters = speed["parameters"]
+        rows.append(
+            [
+                f"decoding, {parameters['requests']} requests x {parameters['long_tokens']} tokens",
+                f"**{ratio['median']:.2f} x** stock vLLM ({ratio['least']:.2f} to {ratio['greatest']:.2f})",
+                _file("attention_speed"),
+            ]
+        )
+    if capacity := results.get("capacity"):
+        ratio = capacity["summary"]["ratios"]["r=0.5"]
+        rows.append(["requests that fit the same KV cache", f"**{ratio:.2f} x** stock vLLM", _file("capacity")])
+    for name in ("perplexity_methods", "perplexity_grid"):
+        if name in results and (row := _quality(results[name])):
+            dense, ours = row
+            tokens = ours["parameters"]["sequence_length"]
+            change = ours["values"]["perplexity"] / dense["values"]["perplexity"] - 1
+            agreement = ours["values"]["top1_agreement"]
+            rows.append([f"perplexity, {results[name]['text']}, {tokens} tokens", f"**{change:+.1%}**", _file(name)])
+            rows.append(["same likeliest next token as dense", f"**{agreement:.1%}**", _file(name)])
+            break
+    if len(rows) > 1:
+        parts.append(markdown(rows) + "\n")
+    parts.append("More, rival methods and losing figures included: [docs/results.md](docs/results.md).")
+    return "\n".join(parts)
+
+
+def _quality(result: Result) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    dense = next((cell for cell in result["cells"] if cell["method"] == "dense"), None)
+    for cell in result["cells"]:
+        settings = cell["settings"]
+        if cell["method"] == "variance_aware" and (settings["pruning_ratio"], settings["recent_window"]) == (0.5, 64):
+            return (dense, cell) if dense else None
+    return None
+
+
+def _file(name: str) -> str:
+    return f"[{name}.json](benchmarks/results/{name}.json)"
+
+
+def _attention(result: Result) -> str:
+    parameters = result["parameters"]
+    rows: Rows = [["ratio", "median", "least", "greatest"]]
+    for name, values in result["summary"]["ratios"].items():
+        rows.append([name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest"))])
+    growth = ", ".join(
+        f"{name} {share:.2%}" for name, share in result["summary"]["resident_growth_share_of_kv_cache"].items()
+    )
+    return (
+        f"{parameters['requests']} requests x {parameters['long_tokens']} tokens (short: "
+        f"{parameters['short_tokens']}), {parameters['repeats']} interleaved repeats; a speed-up is stock's time "
+        "between tokens over ours, the other ratios are ours over stock's.\n\n"
+        + markdown(rows)
+        + f"\n\nResident size of the worker above stock's, as a share of the KV cache: {growth}.\n"
+    )
+
+
+def _origin(name: str, result: Result) -> str:
+    machine, versions = result["machine"], result["versions"]
+    listed = ", ".join(f"{key} {value}" for key, value in versions.items())
+    return (
+        f"<sub>[{name}.json](../benchmarks/results/{name}.json): `{result['command']}`, commit {result['commit']}, "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {listed}.</sub>\n"
+    )
