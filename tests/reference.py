@@ -87,6 +87,19 @@ def _reconcile(own, theirs, scores, tie, where):
     return theirs
 
 
+def _join(steps, settings):
+    """Steps between which nothing is sealed see the same tokens as one step would: fewer, larger forwards."""
+    joined, computed = [], 0
+    for step in steps:
+        if joined and settings.sealed(computed) == settings.sealed(computed - last):
+            joined[-1] += step
+        else:
+            joined.append(step)
+        last = step
+        computed += step
+    return joined
+
+
 @torch.no_grad()
 def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
     """Feed `tokens` in `steps` and filter as the settings say.
@@ -112,7 +125,7 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
     visible = torch.ones(len(layers), len(tokens), dtype=torch.bool)
     result, computed = Result(torch.empty(0)), 0
     logprobs = []
-    for step in steps:
+    for step in _join(steps, settings):
         end = computed + step
         hidden = hidden_all[:, computed:end]
         for index, layer in enumerate(layers):
