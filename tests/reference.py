@@ -89,7 +89,7 @@ def _reconcile(own, theirs, scores, tie, where):
 
 def _join(steps, settings):
     """Steps between which nothing is sealed see the same tokens as one step would: fewer, larger forwards."""
-    joined, computed = [], 0
+    joined, computed, last = [], 0, 0
     for step in steps:
         if joined and settings.sealed(computed) == settings.sealed(computed - last):
             joined[-1] += step
