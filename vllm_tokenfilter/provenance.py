@@ -19,11 +19,18 @@ def provenance() -> dict[str, Any]:
     """Commit, command, machine, versions and time of the running process; plain types."""
     return {
         "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(sys.argv),
         "machine": machine(),
         "versions": versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command(arguments: list[str]) -> str:
+    """The command line as a user types it; of paths only the last part, which says as much elsewhere."""
+    program = Path(arguments[0])
+    name = "vllm-tokenfilter" if program.name == "app.py" else program.name
+    return shlex.join([name, *(Path(word).name if Path(word).is_absolute() else word for word in arguments[1:])])
 
 
 def versions() -> dict[str, str]:
