@@ -5,7 +5,8 @@ step may see. Written from the formulas in docs/algorithm.md and docs/layout.md.
 
 A step with `computed` tokens before it lets each new token see every visible old token and the step's own tokens up
 to itself; afterwards the chunks that the step made due lose their most redundant tokens. How a prompt was cut into
-steps is therefore part of the input.
+steps is therefore part of the input. So is what was taken over from the prefix cache: whole chunks, as the run that
+computed them left them; the tokens behind them start a history of their own.
 """
 
 from dataclasses import dataclass, field
@@ -41,23 +42,26 @@ class Result:
     Attributes:
         logprobs: float32 [num_tokens, vocab], log-probability of the next token after each position.
         kept: (layer, chunk) -> offsets inside the chunk that stay.
+        keys: per layer, float32 [1, H, num_tokens, D]; values likewise.
         near_ties: choices taken over from the backend because the cut lay between equals within `tie`.
         choices: choices compared.
     """
 
     logprobs: torch.Tensor
+    keys: list = field(default_factory=list)
+    values: list = field(default_factory=list)
     kept: dict = field(default_factory=dict)
     near_ties: int = 0
     choices: int = 0
 
 
-def redundancy(keys, values, start, end, settings):
-    """Score positions start..end-1 from raw keys and values [H, T, D], in float64."""
+def redundancy(keys, values, start, end, settings, origin=0):
+    """Score positions start..end-1 from raw keys and values [H, T, D], in float64; nothing before origin counts."""
     positions = torch.arange(start, end)
     back = torch.arange(1, settings.M + 1)
     history = positions[:, None] - back[None, :]
     weights = (1 - settings.g) * settings.g ** (back - 1).double()
-    weights = weights.expand_as(history) * (history >= 0)
+    weights = weights.expand_as(history) * (history >= origin)
     total = weights.sum(1, keepdim=True)
     weights = torch.where(total > 0, weights / total, 0.0)
     similar = []
@@ -87,9 +91,9 @@ def _reconcile(own, theirs, scores, tie, where):
     return theirs
 
 
-def _join(steps, settings):
+def _join(steps, settings, start):
     """Steps between which nothing is sealed see the same tokens as one step would: fewer, larger forwards."""
-    joined, computed, last = [], 0, 0
+    joined, computed, last = [], start, 0
     for step in steps:
         if joined and settings.sealed(computed) == settings.sealed(computed - last):
             joined[-1] += step
@@ -101,18 +105,21 @@ def _join(steps, settings):
 
 
 @torch.no_grad()
-def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
+def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_over=None):
     """Feed `tokens` in `steps` and filter as the settings say.
 
     Args:
         model: LlamaForCausalLM in float32.
         tokens: prompt and continuation, ids.
-        steps: tokens of each step; together all of `tokens`.
+        steps: tokens of each step; together all of `tokens` that were not taken over.
         settings: the filter's settings.
         backend_choice: (layer, chunk) -> offsets the backend kept.
         tie: redundancies this close count as equal.
+        taken_over: per layer, (first position, end, Result) for each piece of the prefix that another run computed;
+            whole chunks, the same tokens in every layer.
     """
-    assert sum(steps) == len(tokens)
+    start = len(tokens) - sum(steps)
+    assert start == (taken_over[0][-1][1] if taken_over else 0) and start % settings.C == 0
     inner = model.model
     config = model.config
     layers = inner.layers
@@ -123,9 +130,20 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
     keys = [torch.zeros(0) for _ in layers]
     values = [torch.zeros(0) for _ in layers]
     visible = torch.ones(len(layers), len(tokens), dtype=torch.bool)
-    result, computed = Result(torch.empty(0)), 0
-    logprobs = []
-    for step in _join(steps, settings):
+    result, computed = Result(torch.empty(0)), start
+    logprobs = [torch.full((start, config.vocab_size), torch.nan)]
+    if start:
+        for index, pieces in enumerate(taken_over):
+            keys[index] = torch.cat([other.keys[index][:, :, a:b] for a, b, other in pieces], 2)
+            values[index] = torch.cat([other.values[index][:, :, a:b] for a, b, other in pieces], 2)
+            if index in settings.dense_layers:
+                continue
+            for a, b, other in pieces:
+                for chunk in range(a // settings.C, b // settings.C):
+                    result.kept[index, chunk] = other.kept[index, chunk]
+                    visible[index, chunk * settings.C : (chunk + 1) * settings.C] = False
+                    visible[index, [chunk * settings.C + i for i in other.kept[index, chunk]]] = True
+    for step in _join(steps, settings, start):
         end = computed + step
         hidden = hidden_all[:, computed:end]
         for index, layer in enumerate(layers):
@@ -146,14 +164,15 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
             hidden = hidden + attention.o_proj(out)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logprobs.append(model.lm_head(inner.norm(hidden))[0].log_softmax(-1))
-        for chunk in range(settings.sealed(computed), settings.sealed(end)):
+        own = start // settings.C
+        for chunk in range(max(own, settings.sealed(computed)), settings.sealed(end)):
             if settings.ratio == 0:
                 continue
             first = chunk * settings.C
             for index in range(len(layers)):
                 if index in settings.dense_layers:
                     continue
-                scores = redundancy(keys[index][0], values[index][0], first, first + settings.C, settings)
+                scores = redundancy(keys[index][0], values[index][0], first, first + settings.C, settings, start)
                 kept = _choose(scores, chunk, settings)
                 result.choices += 1
                 # The backend seals at the start of the next step: what the last step made due it may never have chosen.
@@ -165,5 +184,5 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4):
                 visible[index, first : first + settings.C] = False
                 visible[index, [first + i for i in kept]] = True
         computed = end
-    result.logprobs = torch.cat(logprobs)
+    result.logprobs, result.keys, result.values = torch.cat(logprobs), keys, values
     return result

@@ -9,6 +9,9 @@ and torch tensors. A layer's slots, as half-open intervals, once `n` tokens are 
 | [0, s * kept_per_chunk)     | packed | the kept tokens of chunks 0 .. s-1, in order of position |
 | [s * kept_per_chunk, stored)| raw    | positions [s * chunk_size, n), all of them               |
 
+The raw token at position p lies in slot p - removed_tokens(n). A step's tokens are written raw, behind what was stored
+before it.
+
 Source: docs/layout.md; the design's section "Sealing: the layout".
 """
 
@@ -53,42 +56,47 @@ class Layout:
         return self.recent_window + self.chunk_size
 
 
-def sealed_chunks(num_tokens: Length, layout: Layout) -> Length:
-    """Chunks sealed once `num_tokens` positions are computed; >= 0."""
+def sealed_chunks(num_tokens: Length, layout: Layout, shared_chunks: Length = 0) -> Length:
+    """Chunks sealed once `num_tokens` positions are computed; >= 0.
+
+    Args:
+        num_tokens: computed tokens.
+        layout: the layout's integers.
+        shared_chunks: chunks the request took over sealed from the prefix cache; they are sealed from the start.
+    """
     chunks = (num_tokens - layout.recent_window) // layout.chunk_size
-    return chunks * (chunks > 0)
+    return shared_chunks + (chunks - shared_chunks) * (chunks > shared_chunks)
 
 
-def removed_tokens(num_tokens: Length, layout: Layout) -> Length:
-    """Tokens a filtered layer has dropped once `num_tokens` positions are computed and sealed."""
-    return sealed_chunks(num_tokens, layout) * layout.removed_per_chunk
+def removed_tokens(num_tokens: Length, layout: Layout, shared_chunks: Length = 0) -> Length:
+    """Tokens a filtered layer has dropped once `num_tokens` positions are computed and sealed; see `sealed_chunks`."""
+    return sealed_chunks(num_tokens, layout, shared_chunks) * layout.removed_per_chunk
 
 
-def stored_tokens(num_tokens: Length, layout: Layout) -> Length:
-    """Tokens a filtered layer holds once `num_tokens` positions are computed; never above num_tokens."""
-    return num_tokens - removed_tokens(num_tokens, layout)
+def stored_tokens(num_tokens: Length, layout: Layout, shared_chunks: Length = 0) -> Length:
+    """Tokens a filtered layer holds once `num_tokens` positions are computed; see `sealed_chunks`."""
+    return num_tokens - removed_tokens(num_tokens, layout, shared_chunks)
 
 
-def raw_slot(position: Length, num_computed_tokens: Length, layout: Layout) -> Length:
-    """The slot of a raw token: its place in the request's block table, counted in tokens.
+def peak_slots(num_tokens: int, max_step_tokens: int, layout: Layout) -> int:
+    """The most slots any step needs on the way to `num_tokens` computed tokens, in steps of at most `max_step_tokens`.
 
-    Args:
-        position: position in the sequence, at least chunk_size * sealed_chunks(num_computed_tokens).
-        num_computed_tokens: tokens computed before the step that reads or writes the slot.
-        layout: the layout's integers.
-    """
-    return position - removed_tokens(num_computed_tokens, layout)
-
-
-def due_chunks(num_computed_tokens: int, num_new_tokens: int, layout: Layout) -> range:
-    """Chunks that a step makes due: complete, older than the recent window and not sealed yet.
+    A step needs what was stored before it and room for its own tokens, which it writes raw. With tokens taken over
+    from the prefix cache a request needs no more than that.
 
     Args:
-        num_computed_tokens: tokens computed before the step.
-        num_new_tokens: tokens the step computes.
+        num_tokens: >= 1.
+        max_step_tokens: >= 1.
         layout: the layout's integers.
     """
-    return range(
-        sealed_chunks(num_computed_tokens, layout),
-        sealed_chunks(num_computed_tokens + num_new_tokens, layout),
-    )
+    # Before the last full step, or just before the last seal ahead of it, whichever stored more.
+    num_computed = max(0, num_tokens - max_step_tokens)
+    highest = stored_tokens(num_computed, layout)
+    if sealed := sealed_chunks(num_computed, layout):
+        highest = max(highest, stored_tokens(layout.recent_window + sealed * layout.chunk_size - 1, layout))
+    return highest + min(num_tokens, max_step_tokens)
+
+
+def shares_prefixes(layout: Layout, block_size: int) -> bool:
+    """Whether a chunk, and the tokens it keeps, fill whole blocks: then sealed blocks can be shared by prefix."""
+    return layout.kept_per_chunk % block_size == 0 and layout.chunk_size % block_size == 0

@@ -5,18 +5,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_tokenfilter.layout import stored_tokens
+
 
 @dataclass
 class Run:
-    """One uninterrupted life of a request: from its start, or from a preemption, to the next or its end."""
+    """One uninterrupted life of a request: from its start, or from a preemption, to the next or its end.
 
+    Attributes:
+        record: the request.
+        start: tokens taken over from the prefix cache.
+        taken_over: per layer, (first position, end, Run) of the runs that computed them.
+        steps: tokens of each step.
+        choice: (layer, chunk) -> offsets that stayed.
+        sampled: indices of the output tokens that were sampled in this run.
+    """
+
+    record: "Record"
+    start: int = 0
+    taken_over: dict = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     choice: dict = field(default_factory=dict)
     sampled: list[int] = field(default_factory=list)
 
     @property
     def end(self):
-        return sum(self.steps)
+        return self.start + sum(self.steps)
 
 
 @dataclass
@@ -40,15 +54,26 @@ class Engine:
         from vllm_tokenfilter.integration import backend, sealing
 
         self.records: dict[str, Record] = {}
-        self._last_rows: list[str] = []
-        self._pending: list[tuple[str, Run]] = []
+        self._rows: list[Run] = []
+        self._rows_of_due: dict[int, list[Run]] = {}
+        self._writers: dict = {}
+        self._num_groups = self._group = 0
         build, seal = backend.TokenFilteringMetadataBuilder.build, sealing.seal
 
         def watched_build(builder, common_prefix_len, common, fast_build=False):
             real = int(common.slot_mapping[0]) >= 0
+            seq_lens, query_lens = common.seq_lens.numpy().copy(), np.diff(common.query_start_loc_cpu.numpy())
+            tables = common.block_table_tensor.numpy().copy()
+            if real:
+                self._num_groups = len(self.runner.kv_cache_config.kv_cache_groups)
+                if self._group == 0:
+                    self._saw_step(seq_lens, query_lens)
+                self._group = (self._group + 1) % self._num_groups
             metadata = build(builder, common_prefix_len, common, fast_build)
             if real:
-                self._saw_step(common.seq_lens.numpy(), np.diff(common.query_start_loc_cpu.numpy()))
+                self._saw_blocks(builder, tables, seq_lens, query_lens)
+                if builder._due is not None:
+                    self._rows_of_due[id(builder._due)] = list(self._rows)
             return metadata
 
         def watched_seal(due, cache, config):
@@ -59,14 +84,11 @@ class Engine:
 
         monkeypatch.setattr(backend.TokenFilteringMetadataBuilder, "build", watched_build)
         monkeypatch.setattr(sealing, "seal", watched_seal)
+        arguments = {"dtype": "float32", "enforce_eager": True, "max_logprobs": 8, "seed": 0, **arguments}
         self.llm = LLM(
             model=model,
-            dtype="float32",
-            enforce_eager=True,
             attention_backend="TOKEN_FILTERING",
             additional_config={"token_filtering": token_filtering},
-            max_logprobs=8,
-            seed=0,
             **arguments,
         )
         self.engine = self.llm.llm_engine
@@ -106,28 +128,55 @@ class Engine:
         return self.llm.collective_rpc("token_filtering_status")[0]
 
     def _saw_step(self, seq_lens, query_lens):
-        self._last_rows = []
+        self._rows = []
         for row, request_id in enumerate(self.runner.input_batch.req_ids):
-            name = next(key for key in self.records if request_id == key or request_id.startswith(f"{key}-"))
-            record, computed = self.records[name], int(seq_lens[row] - query_lens[row])
+            record = self.records[request_id if request_id in self.records else request_id.rpartition("-")[0]]
+            computed = int(seq_lens[row] - query_lens[row])
             if not record.runs or record.runs[-1].end != computed:
-                assert computed == 0, "a request continued from a length nobody computed"
-                record.runs.append(Run())
+                record.runs.append(Run(record, computed))
             run = record.runs[-1]
             run.steps.append(int(query_lens[row]))
             # The first time a length is reached, the token behind it is sampled; afterwards it is only recomputed.
             index = run.end - len(record.prompt)
             if index >= 0 and all(index not in other.sampled for other in record.runs):
                 run.sampled.append(index)
-            self._last_rows.append((name, run))
+            self._rows.append(run)
+
+    def _saw_blocks(self, builder, tables, seq_lens, query_lens):
+        """Note who wrote which block, and whose blocks a run took over; a block is named by its group and number."""
+        layout, size = builder.layout, builder.block_size
+        filtered = bool(builder._filtered)
+        layers = [*builder._filtered, *(index for indices in builder._dense.values() for index in indices)]
+        # What is taken over comes in pieces of a chunk where layers are filtered, of a block where they are dense.
+        piece, blocks_per_piece = (layout.chunk_size, layout.kept_per_chunk // size) if filtered else (size, 1)
+        for row, run in enumerate(self._rows):
+            if run.start and len(run.steps) == 1:
+                # Before any other row of the step writes: a block that is taken over is written by nobody.
+                pieces = [
+                    (
+                        index * piece,
+                        (index + 1) * piece,
+                        self._writers[layers[0], tables[row, index * blocks_per_piece]],
+                    )
+                    for index in range(run.start // piece)
+                ]
+                run.taken_over.update(dict.fromkeys(layers, pieces))
+        for row, run in enumerate(self._rows):
+            shared = run.start // layout.chunk_size
+            computed = int(seq_lens[row] - query_lens[row])
+            slots = stored_tokens(computed, layout, shared) + int(query_lens[row]) if filtered else int(seq_lens[row])
+            has_mark = filtered and shared > 0
+            first_own = run.start // piece * blocks_per_piece + has_mark
+            for block in tables[row, first_own : -(-slots // size) + has_mark]:
+                self._writers[layers[0], block] = run
 
     def _saw_seal(self, due, sealed):
         position = 0
+        rows = self._rows_of_due.pop(id(due))
         for row, first, last in zip(due.rows, due.first_chunk, due.last_chunk, strict=True):
-            _, run = self._last_rows[row]
             for chunk in range(first, last):
                 for layer, kept in zip(sealed.layer_indices, sealed.kept[:, position], strict=True):
-                    run.choice[layer, chunk] = kept.tolist()
+                    rows[row].choice[layer, chunk] = kept.tolist()
                 position += 1
 
     def close(self):
@@ -139,26 +188,47 @@ class Engine:
         gc.collect()
 
 
-def compare(model, record, settings):
-    """Check every sampled token of a record against the reference; returns (largest difference, near ties, choices)."""
-    from tests import reference
+class Comparison:
+    """The reference's view of recorded runs, each computed once."""
 
-    worst, ties, choices = 0.0, 0, 0
-    for run in record.runs:
-        sampled = [index for index in run.sampled if index < len(record.logprobs)]
-        if not sampled:
-            continue
-        tokens = (record.prompt + record.output)[: run.end]
-        steps, total = [], 0
-        for step in run.steps:  # an abort can leave a last step whose token nobody received
-            if total + step > len(tokens):
-                break
-            steps.append(step)
-            total += step
-        last = reference.run(model, tokens[:total], steps, settings, run.choice)
-        for index in sampled:
-            position = len(record.prompt) + index - 1
-            for token, value in record.logprobs[index].items():
-                worst = max(worst, abs(float(last.logprobs[position, token]) - value))
-        ties, choices = ties + last.near_ties, choices + last.choices
-    return worst, ties, choices
+    def __init__(self, model, settings):
+        self.model, self.settings = model, settings
+        self.near_ties = self.choices = 0
+        self._results = {}
+
+    def result(self, run):
+        """The reference's result of a run; runs it took blocks over from come first."""
+        from tests import reference
+
+        if id(run) not in self._results:
+            record = run.record
+            tokens = (record.prompt + record.output)[: run.end]
+            steps, total = [], run.start
+            for step in run.steps:  # an abort can leave a last step whose token nobody received
+                if total + step > len(tokens):
+                    break
+                steps.append(step)
+                total += step
+            pieces = None
+            if run.start:
+                pieces = [
+                    [(first, end, self.result(writer)) for first, end, writer in run.taken_over[layer]]
+                    for layer in range(len(self.model.model.layers))
+                ]
+            result = reference.run(self.model, tokens[:total], steps, self.settings, run.choice, taken_over=pieces)
+            self.near_ties += result.near_ties
+            self.choices += result.choices
+            self._results[id(run)] = run, result
+        return self._results[id(run)][1]
+
+    def worst(self, record):
+        """The largest difference in log-probability over all sampled tokens of a record."""
+        worst = 0.0
+        for run in record.runs:
+            for index in run.sampled:
+                if index >= len(record.logprobs):
+                    continue
+                position = len(record.prompt) + index - 1
+                for token, value in record.logprobs[index].items():
+                    worst = max(worst, abs(float(self.result(run).logprobs[position, token]) - value))
+        return worst

@@ -114,7 +114,17 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     saved = np.zeros((num_layers, cache.num_blocks * block_size), np.float32)
 
     chosen = cpu.seal_chunks(
-        cache, saved, tables, np.array(lengths), np.zeros(3, np.int64), last, layout, rule, np.arange(num_layers), 2
+        cache,
+        saved,
+        tables,
+        np.array(lengths),
+        np.zeros(3, np.int64),
+        last,
+        np.zeros(3, np.int64),
+        layout,
+        rule,
+        np.arange(num_layers),
+        2,
     )
 
     ends = np.cumsum(last)
@@ -151,8 +161,12 @@ def seal_in_steps(ends_of_steps, selector, dtype=torch.bfloat16):
         flat[value_places[:, stored:]] = values[0, :, computed:end]
         first, last = (max(0, (n - 100) // 64) for n in (computed, end))
         if last > first:
-            args = (np.array([end]), np.array([first]), np.array([last]), layout, cpu.ScoreRule(selector))
-            choices.extend(cpu.seal_chunks(cache, saved, tables, *args, np.zeros(1, np.int64), 2)[0])
+            due = (np.array([end]), np.array([first]), np.array([last]), np.zeros(1, np.int64))
+            choices.extend(
+                cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule(selector), np.zeros(1, np.int64), 2)[
+                    0
+                ]
+            )
         computed = end
     key_places, _ = places(cache, 0, tables[0], stored_tokens(total, layout))
     return np.stack(choices), flat[key_places].clone()
@@ -171,6 +185,28 @@ def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps,
     assert torch.equal(keys, whole_keys)
 
 
+@pytest.mark.parametrize("selector", [name for name in cpu.SELECTOR_CODES if name != "recency"])
+def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessors(selector):
+    layout, shared, last, block_size, dims = Layout(64, 32, 64, 4, 64), 3, 5, 32, 16
+    length = last * 64 + 64
+    stored = stored_tokens(shared * 64, layout, shared) + length - shared * 64
+    storage, cache = make_cache(torch.float32, 1, 12, 2, block_size, dims, True)
+    tables, flat = np.arange(12, dtype=np.int32)[::-1].copy()[None], storage.view(-1)
+    keys, values = prose(1, 2, stored, dims, torch.float32, 5)
+    key_places, value_places = places(cache, 0, tables[0], stored)
+    flat[key_places], flat[value_places] = keys[0], values[0]
+    saved = np.full((1, 12 * block_size), np.nan, np.float32)
+    due = (np.array([length]), np.array([shared]), np.array([last]), np.array([shared]))
+    chosen = cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule(selector), np.zeros(1, np.int64), 1)
+    config = settings(layout, selector=selector)
+    want_keys, want_values, _, want_choice = seal_reference(keys[0], values[0], None, shared, last, config)
+    assert (chosen[0] == torch.stack(want_choice).numpy()).all()
+    key_places, value_places = places(cache, 0, tables[0], stored_tokens(length, layout, shared))
+    assert torch.equal(flat[key_places], want_keys)
+    assert torch.equal(flat[value_places], want_values)
+    assert torch.equal(want_keys[:, : shared * 32], keys[0][:, : shared * 32])
+
+
 def test_of_equal_redundancies_the_older_tokens_stay():
     layout = Layout(16, 5, 16, 2, 16)
     storage, cache = make_cache(torch.float32, 1, 4, 2, 16, 16, False)
@@ -182,6 +218,7 @@ def test_of_equal_redundancies_the_older_tokens_stay():
         np.array([32]),
         np.array([0]),
         np.array([1]),
+        np.array([0]),
         layout,
         cpu.ScoreRule(),
         np.zeros(1, np.int64),
@@ -197,7 +234,7 @@ def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
     keys, values = prose(1, 2, length, 8, torch.float32, 3)
     key_places, value_places = places(cache, 0, tables[0], length)
     storage.view(-1)[key_places], storage.view(-1)[value_places] = keys[0], values[0]
-    due = (np.array([length]), np.array([0]), np.array([5]))
+    due = (np.array([length]), np.array([0]), np.array([5]), np.array([0]))
     saved = np.zeros((1, 128), np.float32)
     chosen = cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule("recency"), np.zeros(1, np.int64), 1)
     stored = stored_tokens(length, layout)

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_tokenfilter.layout import (
     Layout,
-    due_chunks,
-    raw_slot,
+    peak_slots,
     removed_tokens,
     sealed_chunks,
     stored_tokens,
@@ -45,18 +44,16 @@ def test_every_step_finds_and_leaves_the_slots_of_a_list_that_is_really_packed(l
     positions, sealed, computed = [], 0, 0
     for new in steps:
         for position in range(computed, computed + new):
-            assert raw_slot(position, computed, layout) == len(positions)
+            assert position - removed_tokens(computed, layout) == len(positions)
             positions.append(position)
-        due = due_chunks(computed, new, layout)
-        positions, after = pack(positions, sealed, computed + new, layout)
-        assert due == range(sealed, after)
-        computed, sealed = computed + new, after
+        positions, sealed = pack(positions, sealed, computed + new, layout)
+        computed += new
         assert sealed == sealed_chunks(computed, layout)
         assert len(positions) == stored_tokens(computed, layout)
         assert computed - len(positions) == removed_tokens(computed, layout)
         raw = positions[sealed * layout.kept_per_chunk :]
         assert raw == list(range(sealed * layout.chunk_size, computed)), "raw tokens are not all of the newest"
-        assert [positions.index(p) for p in raw] == [raw_slot(p, computed, layout) for p in raw]
+        assert [positions.index(p) for p in raw] == [p - removed_tokens(computed, layout) for p in raw]
 
 
 @given(layouts(), st.integers(0, 10_000))
@@ -75,12 +72,30 @@ def test_stored_tokens_never_shrink_by_more_than_a_chunk_removes_nor_exceed_the_
     assert 0 <= now <= length
 
 
+@given(layouts(), st.integers(1, 400), st.integers(1, 500))
+def test_the_peak_is_the_most_any_cut_into_steps_needs(layout, length, most):
+    needed = [stored_tokens(c, layout) + step for c in range(length) for step in [min(most, length - c)]]
+    assert peak_slots(length, most, layout) == max(needed)
+
+
+@given(layouts(), st.integers(0, 40), st.integers(0, 3000))
+def test_chunks_taken_over_sealed_count_until_the_own_ones_catch_up(layout, shared, own):
+    length = shared * layout.chunk_size + own
+    sealed = sealed_chunks(length, layout, shared)
+    assert sealed == max(shared, sealed_chunks(length, layout))
+    assert stored_tokens(length, layout, shared) == length - sealed * layout.removed_per_chunk
+    assert stored_tokens(length, layout, shared) <= stored_tokens(length, layout)
+
+
 @given(layouts(), st.lists(st.integers(0, 5000), min_size=1))
 def test_integers_arrays_and_tensors_agree(layout, lengths):
     for function in (sealed_chunks, removed_tokens, stored_tokens):
         want = [function(length, layout) for length in lengths]
         assert function(np.array(lengths), layout).tolist() == want
         assert function(torch.tensor(lengths), layout).tolist() == want
+        assert function(np.array(lengths), layout, np.full(len(lengths), 9)).tolist() == [
+            function(length, layout, 9) for length in lengths
+        ]
 
 
 def test_the_example_of_the_documentation():

@@ -10,6 +10,9 @@ Runs in the worker, once per step and KV-cache group, before the forward:
 
 A step in which no row is longer than the window and a chunk passes through untouched.
 
+A KV-cache group in service holds filtered layers only or dense layers only. Layers can also be mixed in one group whose
+blocks follow the length (`TokenFilteringMetadataBuilder.use`), which measures quality for many settings in one engine.
+
 Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`).
 """
 
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -33,16 +36,20 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, sealing, status
 from vllm_tokenfilter.integration.counters import DenseReason, StepCounters
+from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec, shared_chunks_of
+from vllm_tokenfilter.integration.layers import give_filtered_layers_their_spec, sort_layers
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.kernels.build import load_kernel
-from vllm_tokenfilter.layout import removed_tokens
+from vllm_tokenfilter.layout import removed_tokens, shares_prefixes
 
 logger = init_logger("vllm.tokenfilter")
+
+_SORTED = "_token_filtering_sorted"
 
 
 class TokenFilteringBackend(CPUAttentionBackend):
@@ -84,6 +91,15 @@ class TokenFilteringImpl(CPUAttentionBackendImpl):
 
     filtered = False
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._vllm_config = get_current_vllm_config()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """See `AttentionImpl`; the first layer to get here, all being built, sorts the model's layers."""
+        super().process_weights_after_loading(act_dtype)
+        _sort_all_layers_once(self._vllm_config)
+
     def forward(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -113,9 +129,6 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.counters = StepCounters()
         self.use(refusals.require_supported(vllm_config))
-        logger.info(
-            "%s", status.start_block(self.config, list(self._filtered), self._dense, CPUAttentionBackend.get_name())
-        )
         # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
         Finalize(self, _log_totals, args=(self.counters,), exitpriority=10)
 
@@ -124,43 +137,21 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         self.config, self.layout = config, config.layout
         self._due: sealing.DueSeals | None = None
         self._cache: sealing.FilteredCache | None = None
-        self._filtered, self._dense = self._sort_layers()
+        self._filtered, self._dense = sort_layers(self.vllm_config, config, self.layer_names)
+        for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names).items():
+            layer.impl.filtered = extract_layer_index(layer.kv_sharing_target_layer_name or name) in self._filtered
+        # Chunks can come sealed from the prefix cache only where blocks follow what is stored.
+        self._shares = bool(
+            isinstance(self.kv_cache_spec, FilteredAttentionSpec)
+            and self.vllm_config.cache_config.enable_prefix_caching
+            and shares_prefixes(self.layout, self.block_size)
+        )
         if self._filtered:
             load_kernel()  # now, so that no request waits for the compiler
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
         return status.describe(self.config, list(self._filtered), self._dense, self.counters.as_dict())
-
-    def _sort_layers(self) -> tuple[dict[int, Attention], dict[str, list[int]]]:
-        """The filtered layers by index, and the dense ones' indices by reason; tells each layer which it is."""
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
-        filtered: dict[int, Attention] = {}
-        dense: dict[str, list[int]] = {}
-        for name, layer in sorted(layers.items(), key=lambda item: extract_layer_index(item[0])):
-            owner = layer.kv_sharing_target_layer_name
-            index = extract_layer_index(owner or name)
-            reason = self._dense_reason(layer, index)
-            layer.impl.filtered = reason is None
-            if reason is not None:
-                dense.setdefault(str(reason), []).append(extract_layer_index(name))
-            elif owner is None:
-                filtered[index] = layer
-        return filtered, dense
-
-    def _dense_reason(self, layer: Attention, index: int) -> DenseReason | None:
-        spec = self.kv_cache_spec
-        if layer.sliding_window is not None or isinstance(spec, SlidingWindowSpec):
-            return DenseReason.SLIDING_WINDOW
-        if isinstance(spec, ChunkedLocalAttentionSpec):
-            return DenseReason.CHUNKED_LOCAL
-        if type(spec) is not FullAttentionSpec:
-            return DenseReason.OTHER_CACHE
-        if layer.impl.alibi_slopes is not None:
-            return DenseReason.ALIBI
-        if self.layout.removed_per_chunk == 0:
-            return DenseReason.RATIO_ZERO
-        return None if self.config.filters_layer(index) else DenseReason.CONFIGURED
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -174,15 +165,16 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
 
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         query_lens = np.diff(common.query_start_loc_cpu.numpy()).astype(np.int64)
-        self._count(seq_lens, query_lens)
-        if not self._filtered or seq_lens.max() < self.layout.first_seal:
+        num_computed = seq_lens - query_lens
+        shared, common = self._take_out_marks(common, num_computed)
+        removed = removed_tokens(num_computed, self.layout, shared)
+        self._count(query_lens, removed)
+        if not self._filtered:
             return super().build(common_prefix_len, common, fast_build)
 
-        num_computed = seq_lens - query_lens
         self._due = sealing.due_seals(
-            seq_lens, num_computed, common.block_table_tensor.numpy(), self.block_size, self.layout
+            seq_lens, num_computed, shared, common.block_table_tensor.numpy(), self.block_size, self.layout
         )
-        removed = removed_tokens(num_computed, self.layout)
         if not removed.any():
             return super().build(common_prefix_len, common, fast_build)
 
@@ -202,6 +194,22 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         return metadata if dense is None else TokenFilteringMetadata(**vars(metadata), dense=dense)
 
+    def _take_out_marks(
+        self, common: CommonAttentionMetadata, num_computed: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], CommonAttentionMetadata]:
+        """Chunks each row took over sealed, int64 [num_reqs], and the step without the marks behind them."""
+        if not self._shares:
+            return np.zeros_like(num_computed), common
+        tables = common.block_table_tensor.numpy()
+        shared = shared_chunks_of(tables, num_computed, self.block_size, self.layout)
+        rows = np.flatnonzero(shared)
+        if not len(rows):
+            return shared, common
+        tables = tables.copy()  # the original is the runner's, and lives on
+        for row, mark in zip(rows, shared[rows] * self.layout.kept_per_chunk // self.block_size, strict=True):
+            tables[row, mark:-1] = tables[row, mark + 1 :]
+        return shared, common.replace(block_table_tensor=torch.from_numpy(tables))
+
     def _rewrite_slots(
         self, common: CommonAttentionMetadata, query_lens: NDArray[np.int64], first_slots: NDArray[np.int64]
     ) -> None:
@@ -219,16 +227,16 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         physical = blocks * self.block_size + slots % self.block_size
         common.slot_mapping[: len(rows)] = torch.from_numpy(physical)
 
-    def _count(self, seq_lens: NDArray[np.int64], query_lens: NDArray[np.int64]) -> None:
+    def _count(self, query_lens: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
         self.counters.tokens_seen += int(query_lens.sum())
         if not self._filtered:
-            self.counters.rows_dense[next(iter(self._dense))] += len(seq_lens)
+            self.counters.rows_dense[next(iter(self._dense))] += len(query_lens)
             return
         # A filtered row reads a cache from which tokens were removed before this step.
-        short = int((seq_lens - query_lens < self.layout.first_seal).sum())
-        self.counters.rows_filtered += len(seq_lens) - short
-        if short:
-            self.counters.rows_dense[DenseReason.SHORT] += short
+        num_filtered = int(np.count_nonzero(removed))
+        self.counters.rows_filtered += num_filtered
+        if num_filtered < len(removed):
+            self.counters.rows_dense[DenseReason.SHORT] += len(removed) - num_filtered
 
     def _seal_due(self) -> None:
         due, self._due = self._due, None
@@ -245,6 +253,18 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         self.counters.seal_seconds += time.perf_counter() - started
         self.counters.tokens_sealed += due.num_chunks * self.layout.chunk_size
         self.counters.tokens_pruned += due.num_chunks * self.layout.removed_per_chunk
+
+
+def _sort_all_layers_once(vllm_config: VllmConfig) -> None:
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    if any(getattr(layer, _SORTED, False) for layer in layers.values()):
+        return
+    config = refusals.require_supported(vllm_config)
+    filtered, dense = sort_layers(vllm_config, config)
+    give_filtered_layers_their_spec(filtered, vllm_config, config)
+    for layer in layers.values():
+        setattr(layer, _SORTED, True)
+    logger.info("%s", status.start_block(config, list(filtered), dense, CPUAttentionBackend.get_name(), vllm_config))
 
 
 def _log_totals(counters: StepCounters) -> None:

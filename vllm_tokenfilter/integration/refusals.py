@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
+from vllm_tokenfilter.layout import shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)
 
@@ -115,10 +116,27 @@ REFUSALS = (
     ),
     Refusal(
         "enable_prefix_caching",
-        "would share blocks whose tokens are still being removed",
-        "use --no-enable-prefix-caching, or leave it out: it is then switched off for you",
+        "shares whole blocks, and the kept tokens of a chunk must fill them",
+        "choose chunk_size and pruning_ratio such that chunk_size and the tokens a chunk keeps are multiples of "
+        "block_size (and a selector other than recency), or use --no-enable-prefix-caching",
+        lambda vllm_config, config: _unshareable_prefixes(vllm_config, config),
+    ),
+    Refusal(
+        "disable_hybrid_kv_cache_manager",
+        "gives all layers the blocks of one kind, and filtered and dense layers need their own",
+        "leave it out, or filter every layer",
+        lambda vllm_config, config: _one_kind_of_blocks(vllm_config, config),
+    ),
+    Refusal(
+        "kv_events_config",
+        "reports cached blocks by position, and filtered blocks are packed",
+        "leave KV cache events off",
         lambda vllm_config, config: (
-            _only(vllm_config.cache_config.enable_prefix_caching) if config.pruning_ratio > 0 else None
+            "enable_kv_cache_events"
+            if config.pruning_ratio > 0
+            and vllm_config.kv_events_config is not None
+            and vllm_config.kv_events_config.enable_kv_cache_events
+            else None
         ),
     ),
     Refusal(
@@ -226,6 +244,34 @@ REFUSALS = (
         _nothing_filtered,
     ),
 )
+
+
+def _unshareable_prefixes(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
+    cache_config = vllm_config.cache_config
+    if not cache_config.enable_prefix_caching or config.pruning_ratio == 0:
+        return None
+    # A block size that is still open is the platform's to choose; asked again when the first layer is built.
+    if cache_config.block_size is None or can_share_prefixes(config, cache_config.block_size):
+        return None
+    return f"True with block_size={cache_config.block_size}, {kept_of(config)}"
+
+
+def can_share_prefixes(config: FilterConfig, block_size: int) -> bool:
+    """Whether sealed chunks of these settings can be cached in blocks of this many tokens."""
+    return config.selector != "recency" and shares_prefixes(config.layout, block_size)
+
+
+def kept_of(config: FilterConfig) -> str:
+    """What a chunk keeps, in words."""
+    return (
+        f"selector={config.selector}, chunk_size={config.chunk_size} and pruning_ratio={config.pruning_ratio:g} "
+        f"({config.layout.kept_per_chunk} tokens kept)"
+    )
+
+
+def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool | None:
+    mixed = config.pruning_ratio > 0 and not all(config.filters_layer(i) for i in range(_num_layers(vllm_config)))
+    return _only(mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
 
 
 def _above_one(value: int) -> int | None:

@@ -28,6 +28,7 @@ class DueSeals:
         num_tokens: int64, computed tokens once that step is done.
         first_chunk: int64, first due chunk.
         last_chunk: int64, one past the last due chunk.
+        own_chunk: int64, the first chunk the row seals itself; those before it came sealed from the prefix cache.
     """
 
     rows: list[int]
@@ -35,6 +36,7 @@ class DueSeals:
     num_tokens: NDArray[np.int64]
     first_chunk: NDArray[np.int64]
     last_chunk: NDArray[np.int64]
+    own_chunk: NDArray[np.int64]
 
     @property
     def num_chunks(self) -> int:
@@ -80,6 +82,7 @@ class FilteredCache:
 def due_seals(
     seq_lens: NDArray[np.int64],
     num_computed: NDArray[np.int64],
+    shared_chunks: NDArray[np.int64],
     block_tables: NDArray[np.int32],
     block_size: int,
     layout: Layout,
@@ -89,18 +92,22 @@ def due_seals(
     Args:
         seq_lens: [num_reqs], tokens once the step is done.
         num_computed: [num_reqs], tokens before it.
-        block_tables: [num_reqs, max_blocks], copied where needed.
+        shared_chunks: [num_reqs], chunks taken over sealed from the prefix cache.
+        block_tables: [num_reqs, max_blocks] without marks, copied where needed.
         block_size: tokens per block.
         layout: the layout's integers.
     """
-    first, last = sealed_chunks(num_computed, layout), sealed_chunks(seq_lens, layout)
+    first = sealed_chunks(num_computed, layout, shared_chunks)
+    last = sealed_chunks(seq_lens, layout, shared_chunks)
     rows = np.flatnonzero(last > first)
     if not len(rows):
         return None
     # The step wrote its tokens raw behind what was stored before it.
-    highest = stored_tokens(num_computed[rows], layout) + seq_lens[rows] - num_computed[rows]
+    highest = stored_tokens(num_computed, layout, shared_chunks)[rows] + (seq_lens - num_computed)[rows]
     width = -(-int(highest.max()) // block_size)
-    return DueSeals(rows.tolist(), block_tables[rows, :width].copy(), seq_lens[rows], first[rows], last[rows])
+    return DueSeals(
+        rows.tolist(), block_tables[rows, :width].copy(), seq_lens[rows], first[rows], last[rows], shared_chunks[rows]
+    )
 
 
 def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChunks:
@@ -112,6 +119,7 @@ def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChu
         due.num_tokens,
         due.first_chunk,
         due.last_chunk,
+        due.own_chunk,
         config.layout,
         cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed),
         np.array(cache.layer_indices, np.int64),

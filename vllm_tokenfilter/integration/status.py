@@ -5,8 +5,12 @@ Source: vllm/v1/worker/worker_base.py (`init_worker`, worker extension classes).
 
 from typing import Any
 
+from vllm.config import VllmConfig
+
 from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.layers import longest_step
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
+from vllm_tokenfilter.layout import peak_slots
 
 
 class WorkerStatus:
@@ -17,7 +21,8 @@ class WorkerStatus:
 
         Returns:
             Keys backend, layers_filtered (indices), layers_dense (reason -> indices), the settings, effective_ratio,
-            and the totals of `StepCounters`, summed over KV-cache groups that hold filtered layers.
+            and the totals of `StepCounters` of a KV-cache group that holds filtered layers: each such group counts the
+            same tokens and rows. Seals and their time are summed over the groups.
         """
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
 
@@ -41,10 +46,10 @@ def describe(
 
 
 def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several groups' statuses as one: layers joined, totals of the groups that filter added."""
+    """Several groups' statuses as one: layers joined, counts of one group that filters, seals of all."""
     if not statuses:
         return {}
-    active = [status for status in statuses if status["layers_filtered"]] or statuses[:1]
+    active = [status for status in statuses if status["layers_filtered"]] or statuses
     merged = dict(active[0])
     merged["layers_filtered"] = sorted(index for status in statuses for index in status["layers_filtered"])
     dense: dict[str, list[int]] = {}
@@ -52,37 +57,39 @@ def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
         for reason, indices in status["layers_dense"].items():
             dense[reason] = sorted(dense.get(reason, []) + indices)
     merged["layers_dense"] = dense
-    for status in active[1:]:
-        for key, value in status.items():
-            if key in _TOTALS:
-                merged[key] += value
-        merged["rows_dense"] = {
-            reason: merged["rows_dense"].get(reason, 0) + status["rows_dense"].get(reason, 0)
-            for reason in {**merged["rows_dense"], **status["rows_dense"]}
-        }
+    for key in ("seals", "seal_seconds"):
+        merged[key] = sum(status[key] for status in active)
     return merged
 
 
-_TOTALS = ("tokens_seen", "tokens_sealed", "tokens_pruned", "rows_filtered", "seals", "seal_seconds")
-
-
-def start_block(config: FilterConfig, filtered: list[int], dense: dict[str, list[int]], inner: str) -> str:
-    """The lines logged once per KV-cache group at start."""
+def start_block(
+    config: FilterConfig, filtered: list[int], dense: dict[str, list[int]], inner: str, vllm_config: VllmConfig
+) -> str:
+    """The lines logged once per worker at start."""
+    layout = config.layout
     lines = [
         f"Token Filtering is on: backend {BACKEND_NAME} over {inner}"
-        if filtered and config.layout.removed_per_chunk
-        else f"Token Filtering leaves this group dense: backend {BACKEND_NAME} over {inner}",
+        if filtered
+        else f"Token Filtering filters no layer: backend {BACKEND_NAME} over {inner}",
         f"  layers filtered: {_ranges(filtered)}",
         *(f"  layers dense: {_ranges(indices)} ({reason})" for reason, indices in dense.items()),
         f"  pruning ratio {config.pruning_ratio:g}: each sealed chunk of {config.chunk_size} tokens keeps "
-        f"{config.layout.kept_per_chunk} (effective {config.layout.effective_ratio:.4g})",
+        f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})",
         f"  always whole: the newest {config.recent_window} tokens; the first {config.sink_tokens} always stay; "
-        f"requests shorter than {config.layout.first_seal} tokens are dense",
-        f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens",
-        "  not filtered: blocks stay allocated (reads shrink, memory does not); prefix caching is off"
-        if config.layout.removed_per_chunk
-        else "  not filtered: pruning_ratio is 0",
+        f"requests shorter than {layout.first_seal} tokens are dense",
+        f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens"
+        if config.selector == "anchor"
+        else f"  redundancy: the rival method {config.selector}",
     ]
+    if filtered:
+        length = vllm_config.model_config.max_model_len
+        step = longest_step(vllm_config)
+        lines.append(
+            f"  memory: a request of {length} tokens needs at most {peak_slots(length, step, layout)} slots in a "
+            f"filtered layer, with prefill steps of at most {step} tokens"
+        )
+        shared = vllm_config.cache_config.enable_prefix_caching
+        lines.append(f"  prefix caching: {'on, sealed chunks are shared' if shared else 'off'}")
     return "\n".join(lines)
 
 

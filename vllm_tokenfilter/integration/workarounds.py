@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
@@ -16,16 +17,21 @@ from vllm_tokenfilter.integration import refusals, registration
 logger = init_logger("vllm.tokenfilter")
 
 WORKER_EXTENSION = "vllm_tokenfilter.integration.status.WorkerStatus"
+#: The smallest blocks vLLM's CPU kernels take (its default is 128), and its default on GPUs.
+CPU_BLOCK_SIZE = 32
+GPU_BLOCK_SIZE = 16
+#: Measured: benchmarks/capacity.py and benchmarks/attention_speed.py.
+PREFILL_STEP_TOKENS = 512
 _MARK = "_token_filtering_checks"
 
 
 def check_engine_configs() -> None:
     """Look at engine arguments before and after vLLM turns them into its configuration.
 
-    Symptom: with prefix caching merely on by default the scheduler shares blocks a filtered layer is still packing, and
-    a refused setting shows up as a traceback in a worker after the model is loaded.
+    Symptom: defaults that do not fit filtered blocks (block size, prefill steps, prefix caching where chunks fill no
+    whole blocks), and a refused setting shows up as a traceback in a worker after the model is loaded.
     Cause: vLLM 0.32 lets no plugin see the configuration in the process that makes it; the copies in the workers come
-    too late to change the scheduler's. Whether prefix caching was asked for is only visible in the arguments.
+    too late to change the scheduler's. What was asked for and what is default is only visible in the arguments.
     Twice is safe: the wrapper is marked. Inert: arguments that do not select us go straight through.
     Delete when: vLLM gives plugins a hook on `VllmConfig`.
     """
@@ -77,9 +83,9 @@ def _prepare(args: EngineArgs) -> None:
     config = FilterConfig.parse(settings)
     if (version := refusals.vllm_version()) is not None:
         raise UnsupportedError([refusals.REFUSALS[0].sentence(version)])
-    if config.pruning_ratio > 0 and args.enable_prefix_caching is None:
-        args.enable_prefix_caching = False
-        logger.info("Token Filtering: prefix caching, on by default, is switched off; filtered blocks are not shared.")
+    if config.pruning_ratio > 0:
+        _choose_blocks(args, config)
+        _limit_prefill_steps(args)
     if not args.worker_extension_cls:
         args.worker_extension_cls = WORKER_EXTENSION
     elif args.worker_extension_cls != WORKER_EXTENSION:
@@ -88,3 +94,46 @@ def _prepare(args: EngineArgs) -> None:
             "available; counters are still logged at shutdown.",
             args.worker_extension_cls,
         )
+
+
+def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
+    """A block size that a chunk's kept tokens fill, and prefix caching only where they do."""
+    if args.block_size is None and current_platform.is_cpu():
+        args.block_size = CPU_BLOCK_SIZE
+    block_size = args.block_size or GPU_BLOCK_SIZE
+    if args.enable_prefix_caching is None and not refusals.can_share_prefixes(config, block_size):
+        args.enable_prefix_caching = False
+        logger.info(
+            "Token Filtering: prefix caching, on by default, is switched off: the tokens a chunk keeps fill no whole "
+            "blocks of %d tokens with %s; %s.",
+            block_size,
+            refusals.kept_of(config),
+            _nearest_fit(config, block_size),
+        )
+
+
+def _nearest_fit(config: FilterConfig, block_size: int) -> str:
+    """What to change for prefix caching, in words."""
+    if config.selector == "recency":
+        return "every other selector would have it"
+    error = abs(config.layout.effective_ratio - config.pruning_ratio)
+    for chunk_size in range(block_size, 4096 + 1, block_size):
+        other = config.model_copy(update={"chunk_size": chunk_size})
+        fits = chunk_size >= config.anchor_terms and refusals.can_share_prefixes(other, block_size)
+        if fits and abs(other.layout.effective_ratio - config.pruning_ratio) <= error:
+            return f"chunk_size={chunk_size} with recent_window={max(chunk_size, config.recent_window)} would have it"
+    return "another pruning_ratio, such as 0.5, would have it"
+
+
+def _limit_prefill_steps(args: EngineArgs) -> None:
+    """Short prefill steps, unless the user set them: a step writes its tokens raw before they can be filtered.
+
+    One budget for the whole step keeps prompts in the order they came: a limit per request alone would prefill several
+    side by side, and all of them would wait for their first token as long as the last.
+    """
+    if args.enable_chunked_prefill is False:
+        return
+    if args.max_num_batched_tokens is None and not args.long_prefill_token_threshold:
+        args.max_num_batched_tokens = max(PREFILL_STEP_TOKENS, args.max_num_seqs or 0)
+    if not args.long_prefill_token_threshold:
+        args.long_prefill_token_threshold = PREFILL_STEP_TOKENS

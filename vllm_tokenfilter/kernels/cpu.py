@@ -100,6 +100,7 @@ def seal_chunks(
     num_tokens: NDArray[np.int64],
     first_chunks: NDArray[np.int64],
     last_chunks: NDArray[np.int64],
+    own_chunks: NDArray[np.int64],
     layout: Layout,
     rule: ScoreRule,
     layer_indices: NDArray[np.int64],
@@ -115,6 +116,7 @@ def seal_chunks(
         num_tokens: int64 [num_rows], computed tokens of each row, all of them in the cache.
         first_chunks: int64 [num_rows], first due chunk of each row.
         last_chunks: int64 [num_rows], one past the last due chunk; above the first.
+        own_chunks: int64 [num_rows], the first chunk each row seals itself; those before it came sealed.
         layout: the layout's integers.
         rule: how tokens are ranked.
         layer_indices: int64 [num_layers], the layers' indices in the model.
@@ -170,7 +172,7 @@ def seal_chunks(
                 _pointer(block_tables, np.int32),
                 block_tables.shape[1],
                 len(block_tables),
-                *(_pointer(array, np.int64) for array in (num_tokens, first_chunks, last_chunks, ends)),
+                *(_pointer(array, np.int64) for array in (num_tokens, first_chunks, last_chunks, own_chunks, ends)),
             )
         ),
         ctypes.c_int64(len(cache.layer_starts)),
@@ -212,5 +214,5 @@ class _Rows(ctypes.Structure):
         ("block_tables", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
         ("num_rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("num_tokens", "first", "last", "ends")),
+        *((name, ctypes.c_void_p) for name in ("num_tokens", "first", "last", "own", "ends")),
     )

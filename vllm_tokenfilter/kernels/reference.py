@@ -26,7 +26,8 @@ def seal_reference(
     Args:
         keys: [num_kv_heads, stored, head_size] in slot order: packed tokens, then raw ones.
         values: same shape.
-        first_redundancy: float32 [chunk_size] of `first_chunk`, kept from the seal before; None if that is chunk 0.
+        first_redundancy: float32 [chunk_size] of `first_chunk`, kept from the seal before; None if it is
+            the first chunk the request seals itself, so that nothing raw comes before it.
         first_chunk: the first chunk to seal.
         last_chunk: one past the last chunk to seal; chunk `last_chunk` itself must be complete, and is scored.
         config: the settings; any selector but recency.

@@ -35,7 +35,7 @@ struct rule {
 struct rows {
   const int32_t *block_tables;
   int64_t table_stride, num_rows;
-  const int64_t *num_tokens, *first, *last, *ends;
+  const int64_t *num_tokens, *first, *last, *own, *ends;
 };
 
 struct ranked {
@@ -257,9 +257,11 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
     return;
   }
 
-  /* 1. Score: every chunk from the first unscored one to the one after the last due, all of them raw. LagKV's score
-        needs the chunk that follows, so there nothing is known from before and the last of them stays unknown. */
-  int64_t count = last - first + 1, unscored = first > 0 && rule->selector != LAGKV;
+  /* 1. Score: every chunk from the first unscored one to the one after the last due, all of them raw. The first chunk a
+        request seals itself has no predecessors: its sequence starts there, or what came before was taken over sealed.
+        LagKV's score needs the chunk that follows, so there nothing is known from before and the last of them stays
+        unknown. */
+  int64_t count = last - first + 1, unscored = first > rows->own[row] && rule->selector != LAGKV;
   float *redundancy = floats(count * size), *tiles = floats(4 * size * dims), *scratch = floats(3 * dims);
   float *key_scores = floats(count * heads * size), *value_scores = floats(count * heads * size);
   if (unscored)
