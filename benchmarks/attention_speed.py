@@ -6,8 +6,6 @@ benchmarks/results/attention_speed.json.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import statistics
 import time
@@ -16,13 +14,13 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+from engines import EngineProcess, ours
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.layout import stored_tokens
-from vllm_tokenfilter.models import default_model_path
 from vllm_tokenfilter.provenance import provenance
 
 OUT = Path(__file__).parent / "results" / "attention_speed.json"
@@ -40,41 +38,19 @@ CASES = {
     "stock short": ("stock", SHORT),
     "r=0.5 short": ("r=0.5", SHORT),
 }
-ENGINES: dict[str, float | None] = {"stock": None, "r=0.5": 0.5, "r=0.75": 0.75}
+COMMON = {"max_model_len": 8192, "max_num_seqs": REQUESTS, "kv_cache_memory_bytes": KV_BYTES}
+ENGINES: dict[str, dict[str, Any]] = {
+    "stock": {"max_num_batched_tokens": 2048},  # what stock vLLM's server takes on CPU
+    "r=0.5": ours(0.5),
+    "r=0.75": ours(0.75),
+}
 
 
-def serve_engine(pipe: Any, model: str, ratio: float | None) -> None:
-    """Answer (prompt length, seed) with timings until None arrives."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING", HF_HUB_OFFLINE="1")
-    if ratio is None:
-        os.environ["VLLM_PLUGINS"] = "none"
-    from vllm import LLM
-
-    ours: dict[str, Any] = {}
-    if ratio is not None:
-        settings = {"token_filtering": {"pruning_ratio": ratio}}
-        ours = {"attention_backend": "TOKEN_FILTERING", "additional_config": settings}
-    llm = LLM(
-        model,
-        dtype="bfloat16",
-        max_model_len=8192,
-        max_num_seqs=REQUESTS,
-        max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=KV_BYTES,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        seed=0,
-        **ours,
-    )
-    pipe.send("ready")
-    while (task := pipe.recv()) is not None:
-        pipe.send(measure(llm.llm_engine, *task))
-
-
-def measure(engine: Any, prompt_tokens: int, seed: int) -> dict[str, Any]:
+def measure(llm: Any, prompt_tokens: int, seed: int) -> dict[str, Any]:
     """Run the requests together; times in seconds, resident size in bytes."""
     from vllm import SamplingParams
 
+    engine = llm.llm_engine
     draw = random.Random(seed)
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     started = time.perf_counter()
@@ -142,28 +118,22 @@ def main(
 ) -> None:
     """Measure, print a table, write the JSON."""
     console = Console()
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    model = str(default_model_path())
-    for name, ratio in ENGINES.items():
+    engines: dict[str, EngineProcess] = {}
+    for name, arguments in ENGINES.items():
         with console.status(f"Starting {name} ..."):
-            pipes[name], end = context.Pipe()
-            processes.append(context.Process(target=serve_engine, args=(end, model, ratio)))
-            processes[-1].start()
-            pipes[name].recv()
+            engines[name] = EngineProcess({**COMMON, **arguments}, measure)
     samples = []
     for repeat in track(range(-1, repeats), description="Repeats (the first warms up)"):
         sample = {}
         cases = list(CASES.items())
         # Every other repeat runs backwards, so that no case always follows the same one.
         for case, (engine, length) in cases if repeat % 2 else reversed(cases):
-            pipes[engine].send((length if repeat >= 0 else min(length, 600), 1000 * (repeat + 1) + len(sample)))
-            sample[case] = pipes[engine].recv()
+            length = length if repeat >= 0 else min(length, 600)
+            sample[case] = engines[engine].run(length, 1000 * (repeat + 1) + len(sample))
         if repeat >= 0:
             samples.append(sample)
-    for pipe, process in zip(pipes.values(), processes, strict=True):
-        pipe.send(None)
-        process.join(30)
+    for process in engines.values():
+        process.close()
     result = {
         "benchmark": "attention_speed",
         **provenance(),

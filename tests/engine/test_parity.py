@@ -26,6 +26,8 @@ def engine(request, model_path):
         max_model_len=4096,
         max_num_seqs=8,
         max_num_batched_tokens=4096,
+        long_prefill_token_threshold=4096,
+        enable_prefix_caching=False,  # the tests repeat prompts; test_memory.py has it on
         kv_cache_memory_bytes=POOL_BYTES,
     )
     options = SETTINGS[request.param]
