@@ -116,7 +116,73 @@ def test_engine_arguments_have_the_fields_we_read():
         "attention_config",
         "additional_config",
         "enable_prefix_caching",
+        "block_size",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "long_prefill_token_threshold",
+        "enable_chunked_prefill",
         "worker_extension_cls",
     }
     assert needed <= names, "integration/workarounds.py reads these engine arguments"
     assert workarounds._MARK in vars(EngineArgs.create_engine_config) or plugin.register() is None
+
+
+def test_the_kv_cache_manager_is_asked_as_ours_answers():
+    from vllm.v1.core import kv_cache_coordinator, kv_cache_manager
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    from vllm_tokenfilter.integration.kv_cache import FilteredAttentionManager
+
+    for name in (
+        "get_num_blocks_to_allocate",
+        "add_local_computed_blocks",
+        "allocate_new_blocks",
+        "find_longest_cache_hit",
+        "pop_blocks_for_free",
+    ):
+        theirs, own = getattr(SingleTypeKVCacheManager, name), getattr(FilteredAttentionManager, name)
+        assert parameters(theirs) == parameters(own), f"integration/kv_cache.py overrides {name}"
+    source = inspect.getsource(kv_cache_manager.KVCacheManager.allocate_slots)
+    asked = source.rindex("get_num_blocks_to_allocate(")
+    assert asked < source.index("coordinator.allocate_new_blocks("), "a step's need is noted when its size is asked for"
+    assert "manager.cache_blocks(" in inspect.getsource(kv_cache_coordinator.KVCacheCoordinator.cache_blocks)
+
+
+def test_a_preempted_request_gives_its_blocks_back_before_its_length_is_forgotten():
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler._preempt_request)
+    assert source.index("_free_request_blocks(request)") < source.index("request.num_computed_tokens = 0"), (
+        "integration/kv_cache.py caches what the last step sealed when blocks are given back"
+    )
+
+
+def test_layers_of_other_specs_form_groups_of_their_own():
+    from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from vllm_tokenfilter.integration.kv_cache import FilteredAttentionManager, FilteredAttentionSpec
+    from vllm_tokenfilter.layout import Layout
+
+    shape = {"block_size": 32, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16}
+    half, most = Layout(64, 32, 64, 4, 64), Layout(64, 16, 64, 4, 64)
+    dense = FullAttentionSpec(**shape)
+    filtered = FilteredAttentionSpec(**shape, layout=half, max_step_tokens=512)
+    other = FilteredAttentionSpec(**shape, layout=most, max_step_tokens=512)
+    assert KVCacheSpecRegistry.get_manager_class(filtered) is FilteredAttentionManager
+    assert KVCacheSpecRegistry.get_manager_class(dense) is not FilteredAttentionManager, "the built-in specs are hidden"
+    assert is_kv_cache_spec_uniform({"a": filtered, "b": filtered})
+    for pair in ((filtered, dense), (dense, filtered), (filtered, other)):
+        specs = dict(zip("ab", pair, strict=True))
+        assert not is_kv_cache_spec_uniform(specs)
+        assert not UniformTypeKVCacheSpecs.is_uniform_type(specs)
+    assert pickle.loads(pickle.dumps(filtered)) == filtered
+
+
+def test_block_0_is_the_null_block_that_marks_a_hit():
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(4, enable_caching=True, hash_block_size=32)
+    assert pool.null_block.block_id == 0 and pool.null_block.is_null
+    assert parameters(BlockPool.get_cached_block) == ["self", "block_hash", "kv_cache_group_ids"]

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.layout import peak_slots
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,3 +22,14 @@ def test_generated_pages_are_current():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_prefill_steps_is_what_the_layout_says():
+    rows = re.findall(
+        r"^\| \**(\d+)\**[^|]*\| (\d+) \| ([\d.]+) x \|$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) == 4
+    layout = FilterConfig().layout
+    for step, slots, gain in rows:
+        assert peak_slots(8192, int(step), layout) == int(slots)
+        assert f"{8192 / 32 / -(-int(slots) // 32):.2f}" == gain

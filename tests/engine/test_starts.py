@@ -56,7 +56,7 @@ def test_ratio_zero_is_stock_vllm_bit_for_bit(generate):
     assert ours["tokens"] == stock["tokens"]
     assert ours["logprobs"] == stock["logprobs"]
     assert ours["status"][0]["layers_dense"] == {"pruning_ratio_zero": list(range(30))}
-    assert "leaves this group dense" in log
+    assert "filters no layer" in log
 
 
 def test_a_spawned_engine_filters_counts_and_says_so(generate):
@@ -68,7 +68,7 @@ def test_a_spawned_engine_filters_counts_and_says_so(generate):
     assert status["rows_dense"]["shorter_than_window_and_chunk"] > 0
     assert ours["logprobs"] != stock["logprobs"][:8], "nothing changed, so nothing was filtered"
     assert "Token Filtering is on" in log and "layers filtered: 0-29" in log
-    assert "prefix caching, on by default, is switched off" in log
+    assert "prefix caching: on, sealed chunks are shared" in log
     assert "Token Filtering totals" in log, "the counters were not logged at shutdown"
 
 
@@ -103,7 +103,18 @@ def test_a_compiled_engine_filters(generate):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"enable_prefix_caching": True}, "enable_prefix_caching=True would share blocks"),
+        (
+            {"enable_prefix_caching": True, "additional_config": {"token_filtering": {"pruning_ratio": 0.75}}},
+            "pruning_ratio=0.75 (16 tokens kept) shares whole blocks",
+        ),
+        (
+            {"disable_hybrid_kv_cache_manager": True, "additional_config": {"token_filtering": {"first_layer": 3}}},
+            "disable_hybrid_kv_cache_manager=True gives all layers the blocks of one kind",
+        ),
+        (
+            {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+            "kv_events_config=enable_kv_cache_events",
+        ),
         ({"block_size": 48}, "block_size=48 is no multiple of 32"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
         ({"additional_config": {"token_filtering": {"dense_layers": [30]}}}, "dense_layers=[30] names layers"),

@@ -83,6 +83,7 @@ def test_chat_streams_the_same_answer(client):
 
 def test_completions_have_logprobs_and_stop_at_a_string(client, prose):
     prompt = prose[:4000]
+    client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)  # now both take it over from the prefix cache
     answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=64, logprobs=2)
     choice = answer.choices[0]
     assert len(choice.logprobs.token_logprobs) == 64 and all(value <= 0 for value in choice.logprobs.token_logprobs)
@@ -94,6 +95,7 @@ def test_completions_have_logprobs_and_stop_at_a_string(client, prose):
 
 def test_completions_stream(client, prose):
     arguments = {"model": MODEL, "prompt": prose[:3000], "temperature": 0, "max_tokens": 90}
+    client.completions.create(**arguments)  # now both take the prompt over from the prefix cache
     whole = client.completions.create(**arguments).choices[0].text
     parts = [part.choices[0].text for part in client.completions.create(**arguments, stream=True) if part.choices]
     assert len(parts) > 1 and "".join(parts) == whole
@@ -119,7 +121,7 @@ def test_every_ratio_says_paris(model_path, ratio):
         (["--additional-config", '{"token_filtering": {"chunk_sise": 64}}'], "did you mean chunk_size?"),
         (["--additional-config", "{"], "is no JSON"),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml cannot be read"),
-        (["--enable-prefix-caching"], "enable_prefix_caching=True would share blocks"),
+        (["--enable-prefix-caching", "--pruning-ratio", "0.75"], "(16 tokens kept) shares whole blocks"),
     ],
 )
 def test_a_setting_that_cannot_hold_ends_in_one_sentence(model_path, flags, sentence):

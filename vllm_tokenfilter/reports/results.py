@@ -25,10 +25,12 @@ def load_results(folder: Path) -> dict[str, Result]:
 
 
 def results_page(results: dict[str, Result]) -> str:
-    """The page: speed of the attention, serving, then quality."""
+    """The page: speed of the attention, memory, serving, then quality."""
     parts = [_INTRODUCTION]
     if speed := results.get("attention_speed"):
         parts += ["## Decoding against a filtered cache\n", _attention(speed), _origin("attention_speed", speed)]
+    if capacity := results.get("capacity"):
+        parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     for name, result in results.items():
         if result.get("kind") == "benchmark":
             for title, rows in benchmark_tables(result):
@@ -110,7 +112,9 @@ def readme_block(results: dict[str, Result]) -> str:
         )
     if capacity := results.get("capacity"):
         ratio = capacity["summary"]["ratios"]["r=0.5"]
-        rows.append(["requests that fit the same KV cache", f"**{ratio:.2f} x** stock vLLM", _file("capacity")])
+        rows.append(
+            ["requests of 8192 tokens that fit the same KV cache", f"**{ratio:.2f} x** stock vLLM", _file("capacity")]
+        )
     for name in ("perplexity_methods", "perplexity_grid"):
         if name in results and (row := _quality(results[name])):
             dense, ours = row
@@ -154,6 +158,35 @@ def _attention(result: Result) -> str:
         + markdown(rows)
         + f"\n\nResident size of the worker above stock's, as a share of the KV cache: {growth}.\n"
     )
+
+
+def _capacity(result: Result) -> str:
+    summary, reported, parameters = result["summary"], result["reported"], result["parameters"]
+    length = parameters["reported"]["max_model_len"]
+    rows: Rows = [["setting", f"requests of {length} tokens, as vLLM reports at start", "to stock"]]
+    for name, figures in reported.items():
+        rows.append([name, f"{figures['max_concurrency']:.2f}", f"{summary['ratios'][name]:.3f}"])
+    load, system, chats = (parameters[name] for name in ("load", "system prompt", "chats"))
+    measured: Rows = [["r=0.5 against stock", "stock", "r=0.5", "ratio", "least", "greatest"]]
+    for task in ("load", "system prompt", "chats"):
+        for key, row in summary[task].items():
+            figures = [f"{row[column]:.4g}" for column in ("stock", "ours", "ratio", "least", "greatest")]
+            measured.append([f"{task}: {_MEASURED[key]}", *figures])
+    text = (
+        f"**load**: {load['requests']} requests of {load['prompt_tokens']} tokens, {load['output_tokens']} more each, "
+        f"in {load['kv_cache_memory_bytes'] / 1e6:.0f} MB of KV cache, which stock vLLM fills. **system prompt**: "
+        f"{system['users']} users share {system['shared_tokens']} tokens. **chats**: {chats['chats']} chats of "
+        f"{chats['turns']} turns. Medians of {parameters['repeats']} interleaved repeats; stock has prefix caching too."
+    )
+    return f"{markdown(rows)}\n\n{text}\n\n{markdown(measured)}\n"
+
+
+_MEASURED = {
+    "output_tokens_per_s": "output tokens a second",
+    "preemptions": "preemptions",
+    "prefix_cache_hit_rate": "prefix-cache hit rate",
+    "later_first_token_s": "time to first token of later turns or users, seconds",
+}
 
 
 def _origin(name: str, result: Result) -> str:
