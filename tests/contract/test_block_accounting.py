@@ -109,7 +109,8 @@ class Accounting(RuleBasedStateMachine):
                 continue
             count = min(row.request.num_tokens - row.request.num_computed_tokens, STEP, budget)
             while (blocks := self.manager.allocate_slots(row.request, count)) is None:
-                victim = self.running.pop()
+                # The newest, or with priorities any, even one that the step already holds.
+                victim = self.running.pop(self.draw.choice([-1, self.draw.randrange(len(self.running))]))
                 scheduled = [(other, c) for other, c in scheduled if other is not victim]
                 self.preempt(victim)
                 if victim is row:
