@@ -113,7 +113,7 @@ def readme_block(results: dict[str, Result]) -> str:
     if capacity := results.get("capacity"):
         ratio = capacity["summary"]["ratios"]["r=0.5"]
         rows.append(
-            ["requests of 8192 tokens that fit the same KV cache", f"**{ratio:.2f} x** stock vLLM", _file("capacity")]
+            ["requests of 8192 tokens that fit the same KV cache", f"**{ratio:.3f} x** stock vLLM", _file("capacity")]
         )
     for name in ("perplexity_methods", "perplexity_grid"):
         if name in results and (row := _quality(results[name])):
