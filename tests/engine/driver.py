@@ -7,6 +7,9 @@ import numpy as np
 
 from vllm_tokenfilter.layout import stored_tokens
 
+#: The largest difference of a log-probability to the reference's, in float32.
+TOLERANCE = 2e-3
+
 
 @dataclass
 class Run:
@@ -232,3 +235,16 @@ class Comparison:
                 for token, value in record.logprobs[index].items():
                     worst = max(worst, abs(float(self.result(run).logprobs[position, token]) - value))
         return worst
+
+
+def check(engine, model, names):
+    """Hold every sampled token of these requests to the reference: log-probabilities, and choices (few near ties)."""
+    comparison = Comparison(model, engine.settings)
+    for name in names:
+        record = engine.records[name]
+        assert record.logprobs, f"{name} produced nothing"
+        worst = comparison.worst(record)
+        assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}"
+    ties, choices = comparison.near_ties, comparison.choices
+    assert ties <= 0.01 * choices, f"{ties} near ties in {choices} choices are not rare"
+    print(f"{len(names)} requests, {choices} choices, {ties} near ties")

@@ -3,12 +3,10 @@
 import random
 
 import pytest
-import torch
 
 from tests import reference
-from tests.engine.driver import Comparison, Engine
+from tests.engine.driver import Engine, check
 
-TOLERANCE = 2e-3
 NUM_BLOCKS = 41
 BLOCK_BYTES = 32 * 30 * 3 * 64 * 2 * 4  # 32 tokens of SmolLM2-135M in float32
 CANARY = 12345.0
@@ -35,20 +33,6 @@ def engine(model_path):
     monkeypatch.undo()
 
 
-@pytest.fixture(scope="module")
-def model(model_path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokens(model_path, prose):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)(prose)["input_ids"]
-
-
 @pytest.fixture(autouse=True)
 def fresh_cache(engine):
     """Every test begins with an empty prefix cache and ends with every block given back."""
@@ -58,16 +42,6 @@ def fresh_cache(engine):
     pool = engine.core.scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
     assert all(block.ref_cnt == 0 for block in pool.blocks[1:])
-
-
-def check(engine, model, names):
-    comparison = Comparison(model, engine.settings)
-    for name in names:
-        worst = comparison.worst(engine.records[name])
-        assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}"
-    ties, choices = comparison.near_ties, comparison.choices
-    assert ties <= 0.01 * choices, f"{ties} near ties in {choices} choices are not rare"
-    print(f"{len(names)} requests, {choices} choices, {ties} near ties")
 
 
 def taken_over(engine, name):
@@ -197,31 +171,6 @@ def test_two_hundred_random_requests_with_shared_prefixes_equal_the_reference(en
     names = [name for name in names if engine.records[name].logprobs]
     assert sum(run.start > 0 for name in names for run in engine.records[name].runs) > 50
     check(engine, model, names)
-
-
-@pytest.mark.slow
-def test_a_load_that_stock_vllm_cannot_hold_equals_the_reference(model_path, model, tokens):
-    """32 requests of 1500 tokens and 500 more, where stock vLLM has room for 17; every fourth is compared."""
-    monkeypatch = pytest.MonkeyPatch()
-    engine = Engine(
-        monkeypatch,
-        model_path,
-        {"pruning_ratio": 0.5},
-        max_model_len=8192,
-        max_num_seqs=32,
-        kv_cache_memory_bytes=1071 * BLOCK_BYTES,
-        disable_log_stats=False,
-    )
-    engine.settings = reference.Settings(ratio=0.5)
-    names = [f"load{i}." for i in range(32)]
-    for i, name in enumerate(names):
-        engine.add(name, tokens[i * 61 : i * 61 + 1500], 500)
-    engine.drain()
-    metrics = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
-    assert metrics["vllm:num_preemptions"] == 0
-    check(engine, model, names[::4])
-    engine.close()
-    monkeypatch.undo()
 
 
 class _Anything(dict):

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from tests import reference
-from tests.engine.driver import Comparison, Engine
+from tests.engine.driver import Engine, check
 
-TOLERANCE = 2e-3
 POOL_BYTES = 33 * 128 * 30 * 3 * 64 * 2 * 4  # 33 blocks of 128 tokens of SmolLM2-135M in float32
 
 SETTINGS = {
@@ -40,34 +39,6 @@ def engine(request, model_path):
     yield engine
     engine.close()
     monkeypatch.undo()
-
-
-@pytest.fixture(scope="module")
-def model(model_path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def tokens(model_path, prose):
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(model_path)(prose)["input_ids"]
-    assert len(ids) > 4500, "the tests need more prose"
-    return ids
-
-
-def check(engine, model, names):
-    comparison = Comparison(model, engine.settings)
-    for name in names:
-        record = engine.records[name]
-        assert record.logprobs, f"{name} produced nothing"
-        worst = comparison.worst(record)
-        assert worst < TOLERANCE, f"{name}: log-probabilities differ by {worst}"
-    ties, choices = comparison.near_ties, comparison.choices
-    assert ties <= 0.01 * choices, f"{ties} near ties in {choices} choices are not rare"
-    print(f"{len(names)} requests, {choices} choices, {ties} near ties")
 
 
 def test_the_reference_itself_is_the_model_when_nothing_is_filtered(model, tokens):
