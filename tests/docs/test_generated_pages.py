@@ -32,4 +32,4 @@ def test_the_table_of_prefill_steps_is_what_the_layout_says():
     layout = FilterConfig().layout
     for step, slots, gain in rows:
         assert peak_slots(8192, int(step), layout) == int(slots)
-        assert f"{8192 / 32 / -(-int(slots) // 32):.2f}" == gain
+        assert f"{8192 / 32 / -(-int(slots) // 32):.3f}" == gain

@@ -3,9 +3,7 @@
 import pytest
 
 from tests import reference
-from tests.engine.driver import Engine, check
-
-BLOCK_BYTES = 32 * 30 * 3 * 64 * 2 * 4  # 32 tokens of SmolLM2-135M in float32
+from tests.engine.driver import BLOCK_BYTES, Engine, check
 
 
 @pytest.mark.slow

@@ -135,3 +135,22 @@ def test_what_cannot_hold_is_refused_in_a_sentence_before_weights_load(model_pat
     with pytest.raises(TokenFilterError) as refusal:
         EngineArgs(model=model_path, **{"attention_backend": "TOKEN_FILTERING", **arguments}).create_engine_config()
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, budget, longest",
+    [
+        ({}, 512, 512),
+        ({"max_model_len": 256}, 512, 256),
+        ({"max_model_len": 256, "max_num_seqs": 1024}, 1024, 256),
+        ({"max_num_batched_tokens": 8192}, 8192, 512),
+        ({"max_num_batched_tokens": 8192, "long_prefill_token_threshold": 2048}, 8192, 2048),
+        ({"enable_chunked_prefill": False}, 8192, 0),
+    ],
+)
+def test_steps_are_short_unless_the_user_sets_them(model_path, arguments, budget, longest):
+    from vllm.engine.arg_utils import EngineArgs
+
+    ours = {"attention_backend": "TOKEN_FILTERING", "additional_config": HALF}
+    scheduler = EngineArgs(model=model_path, **ours, **arguments).create_engine_config().scheduler_config
+    assert (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold) == (budget, longest)

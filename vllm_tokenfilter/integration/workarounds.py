@@ -6,6 +6,7 @@ Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`).
 import functools
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -45,7 +46,9 @@ def check_engine_configs() -> None:
             return original(self, *args, **kwargs)
         _prepare(self)
         vllm_config = original(self, *args, **kwargs)
-        refusals.require_supported(vllm_config)
+        config = refusals.require_supported(vllm_config)
+        if config.pruning_ratio > 0:
+            _limit_steps_of_a_request(vllm_config)
         return vllm_config
 
     setattr(create_engine_config, _MARK, True)
@@ -85,7 +88,7 @@ def _prepare(args: EngineArgs) -> None:
         raise UnsupportedError([refusals.REFUSALS[0].sentence(version)])
     if config.pruning_ratio > 0:
         _choose_blocks(args, config)
-        _limit_prefill_steps(args)
+        _limit_steps(args)
     if not args.worker_extension_cls:
         args.worker_extension_cls = WORKER_EXTENSION
     elif args.worker_extension_cls != WORKER_EXTENSION:
@@ -125,15 +128,20 @@ def _nearest_fit(config: FilterConfig, block_size: int) -> str:
     return "another pruning_ratio, such as 0.5, would have it"
 
 
-def _limit_prefill_steps(args: EngineArgs) -> None:
-    """Short prefill steps, unless the user set them: a step writes its tokens raw before they can be filtered.
+def _limit_steps(args: EngineArgs) -> None:
+    """Short steps, unless the user set them: a step writes its tokens raw before they can be filtered.
 
     One budget for the whole step keeps prompts in the order they came: a limit per request alone would prefill several
     side by side, and all of them would wait for their first token as long as the last.
     """
-    if args.enable_chunked_prefill is False:
-        return
-    if args.max_num_batched_tokens is None and not args.long_prefill_token_threshold:
+    chosen = args.max_num_batched_tokens is not None or args.long_prefill_token_threshold
+    if not chosen and args.enable_chunked_prefill is not False:
         args.max_num_batched_tokens = max(PREFILL_STEP_TOKENS, args.max_num_seqs or 0)
-    if not args.long_prefill_token_threshold:
-        args.long_prefill_token_threshold = PREFILL_STEP_TOKENS
+
+
+def _limit_steps_of_a_request(vllm_config: VllmConfig) -> None:
+    """The same for one request, where a step as a whole may be longer; vLLM takes no limit above `max_model_len`."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.enable_chunked_prefill and not scheduler.long_prefill_token_threshold:
+        longest = min(PREFILL_STEP_TOKENS, vllm_config.model_config.max_model_len)
+        scheduler.long_prefill_token_threshold = longest
