@@ -132,6 +132,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task; default: all.")] = None,
     recall_length: Annotated[list[int] | None, typer.Option(help="Recall text in tokens; repeatable.")] = None,
     depth: Annotated[list[float] | None, typer.Option(help="Where the fact stands, 0 to 1; repeatable.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Recall question: passkey, key_value or copy; repeatable. Default: all.")
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Recall trials per kind, length and depth.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of every generator.")] = 0,
     text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
@@ -161,6 +164,7 @@ def evaluate(
         limit=limit,
         recall_lengths=recall_length or ([700] if quick else [700, 1500]),
         depths=depth or ([0.5] if quick else [0.1, 0.5, 0.9]),
+        **({"kinds": kind} if kind else {}),
         trials=16 if quick else trials,
         seed=seed,
         data_dir=data_dir,

@@ -36,6 +36,7 @@ class Plan:
         limit: rows per task; None for all.
         recall_lengths: tokens of the text before the answer.
         depths: where the fact stands, 0 to 1.
+        kinds: of recall.KINDS.
         trials: per kind, length and depth.
         seed: of the generators.
         data_dir: local rows and text.
@@ -54,6 +55,7 @@ class Plan:
     limit: int | None = None
     recall_lengths: list[int] = field(default_factory=lambda: [700, 1500])
     depths: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
+    kinds: list[str] = field(default_factory=lambda: list(recall.KINDS))
     trials: int = 100
     seed: int = 0
     data_dir: Path | None = None
@@ -91,6 +93,11 @@ class Plan:
         ]
         reasons += [f"length={length} is too short to score; use at least 2." for length in self.lengths if length < 2]
         reasons += [f"depth={depth} is outside 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
+        reasons += [
+            f"kind={kind} is unknown; use one of {', '.join(recall.KINDS)}."
+            for kind in self.kinds
+            if kind not in recall.KINDS
+        ]
         if self.data_dir is not None and not self.data_dir.is_dir():
             reasons.append(f"data-dir={self.data_dir} is no folder; see docs/evaluation.md for what it holds.")
         if reasons:
@@ -239,7 +246,7 @@ class _Runner:
     def _recall(self, method: str, config: FilterConfig, step: int) -> None:
         for length in self.plan.recall_lengths:
             for depth in self.plan.depths:
-                for kind in recall.KINDS:
+                for kind in self.plan.kinds:
                     trials = recall.make_trials(
                         kind, self.scorer.tokenizer, self.tokens, length, depth, self.plan.trials, self.plan.seed
                     )
