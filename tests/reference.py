@@ -26,10 +26,22 @@ class Settings:
     g: float = 0.9
     M: int = 64
     dense_layers: tuple[int, ...] = ()
+    # layer -> tokens a chunk keeps, where layers differ; a layer that is not in it is dense
+    kept_of: dict[int, int] | None = None
+    # attention skipping: the share of each layer, what stands for a skipped attention, and how
+    skip: tuple[float, ...] = ()
+    substitute: str = "none"
+    skip_window: int = 64
+    warmup: int = 64
+
+    def K(self, layer):
+        if self.kept_of is not None:
+            return self.kept_of.get(layer, self.C)
+        return self.C if layer in self.dense_layers else self.C - round(self.ratio * self.C)
 
     @property
-    def K(self):
-        return self.C - round(self.ratio * self.C)
+    def history(self):
+        return min(self.W, 256)
 
     def sealed(self, n):
         return max(0, (n - self.W) // self.C)
@@ -45,6 +57,7 @@ class Result:
         keys: per layer, float32 [1, H, num_tokens, D]; values likewise.
         near_ties: choices taken over from the backend because the cut lay between equals within `tie`.
         choices: choices compared.
+        skipped: per layer, bool [num_tokens]: whose attention is skipped.
     """
 
     logprobs: torch.Tensor
@@ -53,6 +66,7 @@ class Result:
     kept: dict = field(default_factory=dict)
     near_ties: int = 0
     choices: int = 0
+    skipped: list = field(default_factory=list)
 
 
 def redundancy(keys, values, start, end, settings, origin=0):
@@ -74,12 +88,89 @@ def redundancy(keys, values, start, end, settings, origin=0):
     return a * k.mean(0) + (1 - a) * v.mean(0)
 
 
-def _choose(scores, chunk, settings):
+def decide(scores, settings, layer, start=0, count=None, theirs=None, tie=1e-4):
+    """Which tokens a layer skips, from the scores of all its tokens: a loop over the formulas of docs/skipping.md.
+
+    Exact in fractions, so that only the scores are float.
+
+    Args:
+        scores: of positions start .. , float64.
+        settings: the settings.
+        layer: its index.
+        start: position of the first score.
+        count: only so many decisions; None for all.
+        theirs: the backend's decisions, taken over where a near tie explains the difference.
+        tie: scores this close count as equal.
+
+    Returns:
+        bool [num_tokens], and how many decisions were taken over.
+    """
+    from fractions import Fraction
+
+    ratio = Fraction(round(settings.skip[layer] * 10000), 10000)
+    skipped, debt, ties = [], Fraction(0), 0
+    for t in range(len(scores) if count is None else count):
+        position = start + t
+        recent = scores[max(0, t - settings.history) : t]
+        if position < settings.warmup:
+            skipped.append(False)
+            continue
+        level = ratio + debt / 8
+
+        def above(below):
+            return len(recent) > 0 and level > 0 and below >= len(recent) * (1 - level)  # noqa: B023
+
+        skip = above(int((recent < scores[t]).sum()))
+        if theirs is not None and bool(theirs[t]) != skip:
+            surely, perhaps = int((recent < scores[t] - tie).sum()), int((recent < scores[t] + tie).sum())
+            assert above(surely) != above(perhaps), f"layer {layer}, position {position}: skip is {skip} without a tie"
+            skip, ties = bool(theirs[t]), ties + 1
+        skipped.append(skip)
+        debt += ratio - skip
+    return torch.tensor(skipped), ties
+
+
+def _substitute(settings, q, k, v, positions, scaling, outputs, skipped, group, before):
+    """What stands for skipped attentions: changes `outputs` [T, heads * D] of a step in place.
+
+    Args:
+        settings: the settings.
+        q: [heads, T, D] of the step.
+        k: [H, num_tokens, D] of all tokens; v likewise.
+        positions: positions stored before the step, in slot order.
+        scaling: of the scores.
+        outputs: the attention's.
+        skipped: bool, of every token so far, the step's last.
+        group: query heads per KV head.
+        before: outputs of earlier tokens as they stood for attention, for the running mean: list of (skipped, output).
+    """
+    count = outputs.shape[0]
+    first = k.shape[1] - count
+    for t in range(count):
+        position = first + t
+        if settings.substitute == "running_output":
+            if skipped[position]:
+                mean, weight = before
+                outputs[t] = mean / weight if weight > 0 else 0.0
+            else:
+                before[0] = settings.g * before[0] + (1 - settings.g) * outputs[t].double()
+                before[1] = settings.g * before[1] + (1 - settings.g)
+        elif skipped[position] and settings.substitute == "none":
+            outputs[t] = 0
+        elif skipped[position]:
+            slots = torch.cat([positions, torch.arange(first, position + 1)])
+            near = torch.unique(torch.cat([slots[: settings.sinks], slots[-settings.skip_window :]]))
+            key, value = k[:, near].repeat_interleave(group, 0), v[:, near].repeat_interleave(group, 0)
+            weights = (torch.einsum("hd,hnd->hn", q[:, t], key) * scaling).softmax(-1)
+            outputs[t] = torch.einsum("hn,hnd->hd", weights, value).flatten()
+
+
+def _choose(scores, chunk, settings, layer):
     order = sorted(
         range(settings.C),
         key=lambda i: (0, i) if chunk * settings.C + i < settings.sinks else (1, float(scores[i]), i),
     )
-    return sorted(order[: settings.K])
+    return sorted(order[: settings.K(layer)])
 
 
 def _reconcile(own, theirs, scores, tie, where):
@@ -105,7 +196,7 @@ def _join(steps, settings, start):
 
 
 @torch.no_grad()
-def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_over=None):
+def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_over=None, backend_skips=None):
     """Feed `tokens` in `steps` and filter as the settings say.
 
     Args:
@@ -117,7 +208,9 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
         tie: redundancies this close count as equal.
         taken_over: per layer, (first position, end, Result) for each piece of the prefix that another run computed;
             whole chunks, the same tokens in every layer.
+        backend_skips: layer -> bool [num_tokens], whose attention the backend skipped.
     """
+    assert not (settings.skip and taken_over), "the reference of skipping starts every request anew"
     start = len(tokens) - sum(steps)
     assert start == (taken_over[0][-1][1] if taken_over else 0) and start % settings.C == 0
     inner = model.model
@@ -132,11 +225,15 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
     visible = torch.ones(len(layers), len(tokens), dtype=torch.bool)
     result, computed = Result(torch.empty(0)), start
     logprobs = [torch.full((start, config.vocab_size), torch.nan)]
+    skip_scores = [torch.zeros(0, dtype=torch.float64) for _ in layers]
+    means = [[torch.zeros(config.num_attention_heads * layers[0].self_attn.head_dim).double(), 0.0] for _ in layers]
+    skip_ties = [0 for _ in layers]
+    result.skipped = [torch.zeros(0, dtype=torch.bool) for _ in layers]
     if start:
         for index, pieces in enumerate(taken_over):
             keys[index] = torch.cat([other.keys[index][:, :, a:b] for a, b, other in pieces], 2)
             values[index] = torch.cat([other.values[index][:, :, a:b] for a, b, other in pieces], 2)
-            if index in settings.dense_layers:
+            if settings.K(index) == settings.C:
                 continue
             for a, b, other in pieces:
                 for chunk in range(a // settings.C, b // settings.C):
@@ -161,19 +258,38 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
             scores = q @ repeat_kv(keys[index], group).transpose(2, 3) * attention.scaling
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
             out = (weights @ repeat_kv(values[index], group)).transpose(1, 2).reshape(1, step, -1)
+            if settings.skip and settings.skip[index] > 0:
+                new = redundancy(keys[index][0], values[index][0], computed, end, settings, 0)
+                skip_scores[index] = torch.cat([skip_scores[index], new])
+                theirs = None if backend_skips is None else backend_skips[index]
+                result.skipped[index], ties = decide(skip_scores[index], settings, index, 0, end, theirs, tie)
+                result.near_ties += max(0, ties - skip_ties[index])
+                skip_ties[index] = ties
+                result.choices += step
+                stored = torch.arange(computed)[visible[index, :computed]]
+                _substitute(
+                    settings,
+                    q[0],
+                    keys[index][0],
+                    values[index][0],
+                    stored,
+                    attention.scaling,
+                    out[0],
+                    result.skipped[index],
+                    group,
+                    means[index],
+                )
             hidden = hidden + attention.o_proj(out)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logprobs.append(model.lm_head(inner.norm(hidden))[0].log_softmax(-1))
         own = start // settings.C
         for chunk in range(max(own, settings.sealed(computed)), settings.sealed(end)):
-            if settings.ratio == 0:
-                continue
             first = chunk * settings.C
             for index in range(len(layers)):
-                if index in settings.dense_layers:
+                if settings.K(index) == settings.C:
                     continue
                 scores = redundancy(keys[index][0], values[index][0], first, first + settings.C, settings, start)
-                kept = _choose(scores, chunk, settings)
+                kept = _choose(scores, chunk, settings, index)
                 result.choices += 1
                 # The backend seals at the start of the next step: what the last step made due it may never have chosen.
                 theirs = (backend_choice or {}).get((index, chunk), kept)

@@ -8,16 +8,67 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.layout import Layout
+from vllm_tokenfilter.schedule import Schedule, whole_tokens
 
 #: The key of vLLM's `additional_config` that holds our settings, and our entry-point name.
 CONFIG_KEY = "token_filtering"
 
 Fusion = Literal["variance_aware", "mean", "key", "value"]
 Selector = Literal["anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency"]
+Substitute = Literal["none", "window", "running_output"]
+
+#: Ratios of skipping are met in this many steps: 0.0001.
+SKIP_UNITS = 10_000
+
+
+class AttentionSkipping(BaseModel):
+    """The paper's own mechanism: a layer skips the attention of a redundant token; immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    ratio: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the tokens whose attention a layer skips, as a mean over all layers (0 = off).",
+        json_schema_extra={"unit": "ratio"},
+    )
+    substitute: Substitute = Field(
+        default="window",
+        description=(
+            "What stands for a skipped attention: none (zero, the paper), window (attention to the sinks and the last "
+            "skip_window tokens only), running_output (the decayed mean of the layer's outputs that were not skipped)."
+        ),
+        json_schema_extra={"unit": "name"},
+    )
+    skip_window: int = Field(
+        default=64,
+        ge=1,
+        le=4096,
+        description="Newest stored tokens the substitute window attends to, the token itself among them.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    warmup_tokens: int = Field(
+        default=64,
+        ge=1,
+        le=1_048_576,
+        description="First tokens of a request that are never skipped.",
+        json_schema_extra={"unit": "tokens"},
+    )
+    schedule: Schedule = Field(
+        default=Schedule(),
+        description="How the ratio is spread over the layers.",
+        json_schema_extra={"unit": "settings"},
+    )
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _accept_zero(cls, value: object) -> object:
+        return float(value) if type(value) is int else value
 
 
 class FilterConfig(BaseModel):
@@ -102,6 +153,16 @@ class FilterConfig(BaseModel):
         description="First filtered layer; all layers before it keep every token.",
         json_schema_extra={"unit": "layer index"},
     )
+    schedule: Schedule = Field(
+        default=Schedule(),
+        description="How pruning_ratio is spread over the layers; see docs/schedules.md.",
+        json_schema_extra={"unit": "settings"},
+    )
+    attention_skipping: AttentionSkipping = Field(
+        default=AttentionSkipping(),
+        description="The paper's own mode, off by default; see docs/skipping.md.",
+        json_schema_extra={"unit": "settings"},
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -119,18 +180,59 @@ class FilterConfig(BaseModel):
 
     @property
     def layout(self) -> Layout:
-        """The layout these settings fix; `kept_per_chunk` is rounded to whole tokens once, here."""
+        """The layout of a layer that has the ratio itself; `kept_per_chunk` is rounded to whole tokens once, here."""
+        return self._layout_without(round(self.pruning_ratio * self.chunk_size))
+
+    def layouts(self, num_layers: int) -> tuple[Layout | None, ...]:
+        """The layout of every layer of a model, from the first to the last; None where a layer keeps every token.
+
+        Raises:
+            ConfigError: the schedule does not fit so many layers, or leaves a layer too little.
+        """
+        ratios = self.schedule.layer_ratios(self.pruning_ratio, num_layers)
+        # Ratios that rise layer by layer would make a KV-cache group of each: eighths of a chunk are fine enough.
+        fine = self.schedule.kind != "linear" or self.chunk_size % 8
+        counts = whole_tokens(ratios, self.chunk_size, 1 if fine else self.chunk_size // 8)
+        if self.chunk_size - max(counts) < max(1, self.sink_tokens):
+            raise ConfigError(
+                [
+                    f"schedule.kind={self.schedule.kind} leaves a layer {self.chunk_size - max(counts)} tokens of a "
+                    f"chunk, which must hold {max(1, self.sink_tokens)}; use a lower pruning_ratio, fewer sink_tokens "
+                    "or a larger chunk_size."
+                ]
+            )
+        return tuple(
+            self._layout_without(count) if count and self.filters_layer(index) else None
+            for index, count in enumerate(counts)
+        )
+
+    def skip_units(self, num_layers: int) -> tuple[int, ...]:
+        """The share of tokens whose attention each layer skips, in units of 1 / SKIP_UNITS.
+
+        Raises:
+            ConfigError: the schedule does not fit so many layers.
+        """
+        skipping = self.attention_skipping
+        ratios = skipping.schedule.layer_ratios(skipping.ratio, num_layers)
+        return tuple(round(ratio * SKIP_UNITS) for ratio in ratios)
+
+    def filters_layer(self, layer_index: int) -> bool:
+        """Whether `first_layer` and `dense_layers` let the layer of this index, counted from 0, be filtered."""
+        return layer_index >= self.first_layer and layer_index not in self.dense_layers
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is pruned or skipped at all."""
+        return self.pruning_ratio > 0 or self.attention_skipping.ratio > 0
+
+    def _layout_without(self, removed_per_chunk: int) -> Layout:
         return Layout(
             chunk_size=self.chunk_size,
-            kept_per_chunk=self.chunk_size - round(self.pruning_ratio * self.chunk_size),
+            kept_per_chunk=self.chunk_size - removed_per_chunk,
             recent_window=self.recent_window,
             sink_tokens=self.sink_tokens,
             anchor_terms=self.anchor_terms,
         )
-
-    def filters_layer(self, layer_index: int) -> bool:
-        """Whether the layer of this index, counted from 0 over the whole model, is filtered."""
-        return layer_index >= self.first_layer and layer_index not in self.dense_layers
 
     def _contradictions(self) -> list[str]:
         layout, reasons = self.layout, []
@@ -165,6 +267,13 @@ class FilterConfig(BaseModel):
             for index in self.dense_layers
             if index < 0
         )
+        if self.schedule.kind != "uniform" and (self.dense_layers or self.first_layer):
+            reasons.append(
+                f"schedule.kind={self.schedule.kind} decides which layers keep every token; remove dense_layers and "
+                "first_layer, or list their ratio as 0 in a schedule of kind per_layer."
+            )
+        reasons += self.schedule.contradictions()
+        reasons += [f"attention_skipping.{reason}" for reason in self.attention_skipping.schedule.contradictions()]
         return reasons
 
     @classmethod
@@ -194,12 +303,20 @@ class FilterConfig(BaseModel):
 
 def _explain(detail: Mapping[str, Any]) -> str:
     """One sentence for one pydantic error: setting, value, remedy."""
-    key = str(detail["loc"][0]) if detail["loc"] else CONFIG_KEY
-    if detail["type"] == "extra_forbidden":
-        known = list(FilterConfig.model_fields)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}."
-        return f"{key}={detail['input']!r} is no setting; {remedy}"
-    field = FilterConfig.model_fields[key]
+    if not detail["loc"]:
+        return f"{CONFIG_KEY}={detail['input']!r} is refused ({detail['msg']})."
     where = ".".join(map(str, detail["loc"]))
-    return f"{where}={detail['input']!r} is refused ({detail['msg']}); {key}: {field.description}"
+    model: Any = FilterConfig
+    name, field = "", None
+    for part in detail["loc"]:
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        if part in model.model_fields:
+            name, field = str(part), model.model_fields[part]
+    if detail["type"] == "extra_forbidden":
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}."
+        return f"{where}={detail['input']!r} is no setting; {remedy}"
+    assert field is not None
+    return f"{where}={detail['input']!r} is refused ({detail['msg']}); {name}: {field.description}"

@@ -1,6 +1,7 @@
 """Drives a real engine step by step in this process and records what the filter saw and chose."""
 
 import gc
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,7 @@ class Run:
         taken_over: per layer, (first position, end, Run) of the runs that computed them.
         steps: tokens of each step.
         choice: (layer, chunk) -> offsets that stayed.
+        skipped: layer -> whether each token's attention was skipped.
         sampled: indices of the output tokens that were sampled in this run.
     """
 
@@ -31,6 +33,7 @@ class Run:
     taken_over: dict = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     choice: dict = field(default_factory=dict)
+    skipped: dict = field(default_factory=dict)
     sampled: list[int] = field(default_factory=list)
 
     @property
@@ -57,6 +60,7 @@ class Engine:
         from vllm import LLM
 
         from vllm_tokenfilter.integration import backend, sealing
+        from vllm_tokenfilter.kernels import skip
 
         self.records: dict[str, Record] = {}
         self._rows: list[Run] = []
@@ -77,18 +81,27 @@ class Engine:
             metadata = build(builder, common_prefix_len, common, fast_build)
             if real:
                 self._saw_blocks(builder, tables, seq_lens, query_lens)
-                if builder._due is not None:
-                    self._rows_of_due[id(builder._due)] = list(self._rows)
+                for part in builder.parts:
+                    if part.due is not None:
+                        self._rows_of_due[id(part.due)] = list(self._rows)
             return metadata
 
-        def watched_seal(due, cache, config):
-            sealed = seal(due, cache, config)
+        def watched_seal(due, cache, layout, config, carried=None):
+            sealed = seal(due, cache, layout, config, carried)
             if cache.paged.num_blocks > 1:
                 self._saw_seal(due, sealed)
             return sealed
 
         monkeypatch.setattr(backend.TokenFilteringMetadataBuilder, "build", watched_build)
         monkeypatch.setattr(sealing, "seal", watched_seal)
+        decide = skip.decide_skips
+
+        def watched_decide(cache, rule, rows, place, ratio_units, kept, num_threads):
+            skipped = decide(cache, rule, rows, place, ratio_units, kept, num_threads)
+            self._saw_skips(rows, self._skipping_layer(kept), skipped)
+            return skipped
+
+        monkeypatch.setattr(skip, "decide_skips", watched_decide)
         arguments = {"dtype": "float32", "enforce_eager": True, "max_logprobs": 8, "seed": 0, **arguments}
         self.llm = LLM(
             model=model,
@@ -99,6 +112,11 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
+
+    def builders(self):
+        """The metadata builders of all groups."""
+        groups = itertools.chain.from_iterable(self.runner.attn_groups)
+        return [builder for group in groups for builder in group.metadata_builders]
 
     def prefill_steps_of(self, tokens):
         """Cut prompts into steps of at most this many tokens."""
@@ -149,8 +167,11 @@ class Engine:
 
     def _saw_blocks(self, builder, tables, seq_lens, query_lens):
         """Note who wrote which block, and whose blocks a run took over; a block is named by its group and number."""
-        layout, size = builder.layout, builder.block_size
-        filtered = bool(builder._filtered)
+        if len(builder.parts) > 1:
+            return  # layers of several layouts in one group share no prefixes
+        (part,) = builder.parts
+        filtered, size = part.layout is not None, builder.block_size
+        layout = part.layout or builder.config.layout
         layers = [*builder._filtered, *(index for indices in builder._dense.values() for index in indices)]
         # What is taken over comes in pieces of a chunk where layers are filtered, of a block where they are dense.
         piece, blocks_per_piece = (layout.chunk_size, layout.kept_per_chunk // size) if filtered else (size, 1)
@@ -174,6 +195,18 @@ class Engine:
             first_own = run.start // piece * blocks_per_piece + has_mark
             for block in tables[row, first_own : -(-slots // size) + has_mark]:
                 self._writers[layers[0], block] = run
+
+    def _skipping_layer(self, kept):
+        """The layer whose scores these are."""
+        for part in itertools.chain.from_iterable(builder.parts for builder in self.builders()):
+            for index, place in part.skipping.places.items() if part.skipping else ():
+                if part.skipping.kept[place].ctypes.data == kept.ctypes.data:
+                    return index
+        raise AssertionError("these scores belong to no layer")
+
+    def _saw_skips(self, rows, layer, skipped):
+        for row, run in enumerate(self._rows):
+            run.skipped.setdefault(layer, []).extend(skipped[rows.starts[row] : rows.starts[row + 1]].tolist())
 
     def _saw_seal(self, due, sealed):
         position = 0
@@ -220,7 +253,15 @@ class Comparison:
                     [(first, end, self.result(writer)) for first, end, writer in run.taken_over[layer]]
                     for layer in range(len(self.model.model.layers))
                 ]
-            result = reference.run(self.model, tokens[:total], steps, self.settings, run.choice, taken_over=pieces)
+            result = reference.run(
+                self.model,
+                tokens[:total],
+                steps,
+                self.settings,
+                run.choice,
+                taken_over=pieces,
+                backend_skips=run.skipped or None,
+            )
             self.near_ties += result.near_ties
             self.choices += result.choices
             self._results[id(run)] = run, result

@@ -5,19 +5,21 @@ Runs in the worker, once per step and KV-cache group, before the forward:
 1. the seals that the previous step made due are run (`sealing.seal`);
 2. rows that hold removed tokens get `seq_lens` = stored tokens + new tokens, and their new tokens get the slots behind
    the stored ones;
-3. the stock builder makes its metadata from that, and the stock kernel runs unchanged;
+3. the stock builder makes its metadata from that, and the stock kernel runs unchanged (`skipping` says for which rows);
 4. what this step makes due is noted for the next one.
 
 A step in which no row is longer than the window and a chunk passes through untouched.
 
-A KV-cache group in service holds filtered layers only or dense layers only. Layers can also be mixed in one group whose
-blocks follow the length (`TokenFilteringMetadataBuilder.use`), which measures quality for many settings in one engine.
+A KV-cache group in service holds layers of one layout, or dense layers only. Layers can also be mixed in one group
+whose blocks follow the length (`TokenFilteringMetadataBuilder.use`), which measures quality for many settings in one
+engine: then the group is several `_Part`s, and each layer takes the metadata of its own.
 
 Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`).
 """
 
+import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -42,10 +44,16 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, sealing, status
 from vllm_tokenfilter.integration.counters import DenseReason, StepCounters
 from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec, shared_chunks_of
-from vllm_tokenfilter.integration.layers import give_filtered_layers_their_spec, sort_layers
+from vllm_tokenfilter.integration.layers import (
+    give_filtered_layers_their_spec,
+    num_layers,
+    sort_layers,
+    sort_skipping,
+)
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
+from vllm_tokenfilter.integration.skipping import SkippingLayers, SkipStep
 from vllm_tokenfilter.kernels.build import load_kernel
-from vllm_tokenfilter.layout import removed_tokens, shares_prefixes
+from vllm_tokenfilter.layout import Layout, removed_tokens, shares_prefixes
 
 logger = init_logger("vllm.tokenfilter")
 
@@ -73,23 +81,29 @@ class TokenFilteringBackend(CPUAttentionBackend):
 
 @dataclass
 class TokenFilteringMetadata(CPUAttentionMetadata):
-    """Metadata of a group that holds filtered and dense layers: the filtered layers', with the dense layers' beside it.
+    """What the stock builder made, with what some layers need besides.
 
     Attributes:
-        dense: what the stock builder made of the unchanged step.
+        skip: the step for layers that skip attention.
+        parts: of a group whose layers lie in several ways, by layout (None: dense): each part's own metadata.
     """
 
-    dense: CPUAttentionMetadata | None = None
+    skip: SkipStep | None = None
+    parts: dict[Layout | None, "TokenFilteringMetadata"] | None = None
 
 
 class TokenFilteringImpl(CPUAttentionBackendImpl):
-    """The stock implementation; a layer that stays dense inside a filtered group takes the dense metadata.
+    """The stock implementation; a layer takes the metadata of its own layout, and may skip attention.
 
     Attributes:
-        filtered: set by the metadata builder, which knows the layer's index; dense until then.
+        layout: where the layer's tokens lie; None: it keeps every token.
+        skips: index of the layer in the model if it skips attention, else None.
+
+    Both are set by the metadata builder, which knows the layer's index.
     """
 
-    filtered = False
+    layout: Layout | None = None
+    skips: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -101,23 +115,67 @@ class TokenFilteringImpl(CPUAttentionBackendImpl):
         _sort_all_layers_once(self._vllm_config)
 
     def forward(
-        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
+        self,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        output: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """See `CPUAttentionBackendImpl.forward`."""
-        if not self.filtered:
-            attn_metadata = getattr(attn_metadata, "dense", None) or attn_metadata
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        own = self._own(attn_metadata)
+        stock = super().forward
+        if self.skips is None or own is None or (skip := getattr(own, "skip", None)) is None:
+            return stock(layer, query, key, value, kv_cache, own, output, *args, **kwargs)
+        skip.forward(
+            self.skips,
+            lambda metadata: stock(layer, query, key, value, kv_cache, metadata, output, *args, **kwargs),
+            own,
+            query,
+            output,
+            self.scale,
+            self.logits_soft_cap,
+        )
+        return output
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """See `CPUAttentionBackendImpl.do_kv_cache_update`."""
-        if not self.filtered:
-            metadata = get_forward_context().attn_metadata
-            own = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
-            dense = getattr(own, "dense", None)
-            slot_mapping = slot_mapping if dense is None else dense.slot_mapping
+        metadata = get_forward_context().attn_metadata
+        common = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+        if getattr(common, "parts", None) is not None:
+            slot_mapping = self._own(common).slot_mapping
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def _own(self, metadata: Any) -> Any:
+        parts = getattr(metadata, "parts", None)
+        return metadata if parts is None else parts[self.layout]
+
+
+@dataclass
+class _Part:
+    """The layers of a group that lie alike.
+
+    Attributes:
+        layout: where their tokens lie; None: they keep every token.
+        layers: by index in the model, ascending.
+        skipping_layers: indices of those that skip attention.
+        due: what the step before made due.
+        cache: the layers' cache, from the first seal on.
+        skipping: what is kept of their raw tokens, from the first step that may skip on.
+    """
+
+    layout: Layout | None
+    layers: dict[int, Attention]
+    skipping_layers: list[int]
+    due: sealing.DueSeals | None = None
+    cache: sealing.FilteredCache | None = None
+    skipping: SkippingLayers | None = None
 
 
 class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -134,24 +192,47 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def use(self, config: FilterConfig) -> None:
         """Filter by these settings from now on; only while no request is running. The counters go on."""
-        self.config, self.layout = config, config.layout
-        self._due: sealing.DueSeals | None = None
-        self._cache: sealing.FilteredCache | None = None
+        self.config = config
+        self._num_layers = num_layers(self.vllm_config)
         self._filtered, self._dense = sort_layers(self.vllm_config, config, self.layer_names)
-        for name, layer in get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names).items():
-            layer.impl.filtered = extract_layer_index(layer.kv_sharing_target_layer_name or name) in self._filtered
+        skipping, self._unskipped = sort_skipping(self.vllm_config, config, self.layer_names)
+        layouts = config.layouts(self._num_layers)
+        lying: dict[Layout | None, dict[int, Attention]] = {}
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        for name, layer in sorted(layers.items(), key=lambda item: extract_layer_index(item[0])):
+            owner = extract_layer_index(layer.kv_sharing_target_layer_name or name)
+            index = extract_layer_index(name)
+            layer.impl.layout = layouts[owner] if owner in self._filtered else None
+            layer.impl.skips = index if index in skipping else None
+            own = lying.setdefault(layer.impl.layout, {})
+            if index == owner:
+                own[index] = layer
+        self.parts = [
+            _Part(layout, own, [index for index in own if index in skipping]) for layout, own in lying.items()
+        ]
         # Chunks can come sealed from the prefix cache only where blocks follow what is stored.
-        self._shares = bool(
-            isinstance(self.kv_cache_spec, FilteredAttentionSpec)
+        self._shared_layout = (
+            self.parts[0].layout
+            if isinstance(self.kv_cache_spec, FilteredAttentionSpec)
             and self.vllm_config.cache_config.enable_prefix_caching
-            and shares_prefixes(self.layout, self.block_size)
+            and shares_prefixes(self.kv_cache_spec.layout, self.block_size)
+            else None
         )
-        if self._filtered:
+        if self._filtered or skipping:
             load_kernel()  # now, so that no request waits for the compiler
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
-        return status.describe(self.config, list(self._filtered), self._dense, self.counters.as_dict())
+        skipping = sorted(index for part in self.parts for index in part.skipping_layers)
+        return status.describe(
+            self.config,
+            list(self._filtered),
+            self._dense,
+            skipping,
+            self._unskipped,
+            self._num_layers,
+            self.counters.as_dict(),
+        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -165,48 +246,71 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
 
         seq_lens = common.seq_lens.numpy().astype(np.int64)
         query_lens = np.diff(common.query_start_loc_cpu.numpy()).astype(np.int64)
-        num_computed = seq_lens - query_lens
-        shared, common = self._take_out_marks(common, num_computed)
-        removed = removed_tokens(num_computed, self.layout, shared)
-        self._count(query_lens, removed)
-        if not self._filtered:
-            return super().build(common_prefix_len, common, fast_build)
+        shared, common = self._take_out_marks(common, seq_lens - query_lens)
+        step = _Step(common_prefix_len, common, fast_build, seq_lens, query_lens, seq_lens - query_lens, shared)
+        self.counters.tokens_seen += int(query_lens.sum())
+        if len(self.parts) == 1:
+            return self._build_part(self.parts[0], step)
+        made = {part.layout: self._build_part(part, step.with_slots_of_its_own()) for part in self.parts}
+        first = next(iter(made.values()))
+        return TokenFilteringMetadata(**{**vars(first), "parts": made})
 
-        self._due = sealing.due_seals(
-            seq_lens, num_computed, shared, common.block_table_tensor.numpy(), self.block_size, self.layout
+    def _build_part(self, part: _Part, step: "_Step") -> CPUAttentionMetadata:
+        """The metadata of the layers that lie alike; overwrites the step's slot mapping in place."""
+        common = step.common
+        removed = (
+            np.zeros_like(step.num_computed)
+            if part.layout is None
+            else removed_tokens(step.num_computed, part.layout, step.shared)
         )
-        if not removed.any():
-            return super().build(common_prefix_len, common, fast_build)
+        self._count(part, step, removed)
+        if part.layout is not None:
+            tables = common.block_table_tensor.numpy()
+            part.due = sealing.due_seals(
+                step.seq_lens, step.num_computed, step.shared, tables, self.block_size, part.layout
+            )
+            if removed.any():
+                stored = step.seq_lens - removed
+                self._rewrite_slots(common, step.query_lens, step.num_computed - removed)
+                common = common.replace(
+                    seq_lens=torch.from_numpy(stored.astype(np.int32)).to(common.seq_lens.dtype),
+                    max_seq_len=int(stored.max()),
+                )
+        metadata = super().build(step.common_prefix_len, common, step.fast_build)
+        if not part.skipping_layers:
+            return metadata
+        skip = SkipStep.of(
+            self._skipping_of(part),
+            common.block_table_tensor.numpy(),
+            step.num_computed,
+            step.query_lens,
+            step.shared,
+            part.layout,
+            functools.partial(self._with_seq_lens, step.common_prefix_len, common, step.fast_build),
+            self.counters,
+        )
+        return TokenFilteringMetadata(**vars(metadata), skip=skip)
 
-        dense = None
-        if self._dense:
-            unchanged = common.replace(slot_mapping=common.slot_mapping.clone())
-            dense = super().build(common_prefix_len, unchanged, fast_build)
-        stored = seq_lens - removed
-        self._rewrite_slots(common, query_lens, num_computed - removed)
-        metadata = super().build(
-            common_prefix_len,
-            common.replace(
-                seq_lens=torch.from_numpy(stored.astype(np.int32)).to(common.seq_lens.dtype),
-                max_seq_len=int(stored.max()),
-            ),
-            fast_build,
-        )
-        return metadata if dense is None else TokenFilteringMetadata(**vars(metadata), dense=dense)
+    def _with_seq_lens(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool, seq_lens: torch.Tensor
+    ) -> CPUAttentionMetadata:
+        """Stock metadata of the step with other `seq_lens`, none longer than before."""
+        return super().build(common_prefix_len, common.replace(seq_lens=seq_lens.to(common.seq_lens.dtype)), fast_build)
 
     def _take_out_marks(
         self, common: CommonAttentionMetadata, num_computed: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], CommonAttentionMetadata]:
         """Chunks each row took over sealed, int64 [num_reqs], and the step without the marks behind them."""
-        if not self._shares:
+        layout = self._shared_layout
+        if layout is None:
             return np.zeros_like(num_computed), common
         tables = common.block_table_tensor.numpy()
-        shared = shared_chunks_of(tables, num_computed, self.block_size, self.layout)
+        shared = shared_chunks_of(tables, num_computed, self.block_size, layout)
         rows = np.flatnonzero(shared)
         if not len(rows):
             return shared, common
         tables = tables.copy()  # the original is the runner's, and lives on
-        for row, mark in zip(rows, shared[rows] * self.layout.kept_per_chunk // self.block_size, strict=True):
+        for row, mark in zip(rows, shared[rows] * layout.kept_per_chunk // self.block_size, strict=True):
             tables[row, mark:-1] = tables[row, mark + 1 :]
         return shared, common.replace(block_table_tensor=torch.from_numpy(tables))
 
@@ -227,10 +331,16 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         physical = blocks * self.block_size + slots % self.block_size
         common.slot_mapping[: len(rows)] = torch.from_numpy(physical)
 
-    def _count(self, query_lens: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
-        self.counters.tokens_seen += int(query_lens.sum())
+    def _count(self, part: _Part, step: "_Step", removed: NDArray[np.int64]) -> None:
+        decoding = step.query_lens == 1
+        dense, filtered = int(step.seq_lens[decoding].sum()), int((step.seq_lens - removed)[decoding].sum())
+        self.counters.reads_dense += dense * len(part.layers)
+        self.counters.reads_filtered += filtered * len(part.layers)
+        self.counters.reads_done += filtered * (len(part.layers) - len(part.skipping_layers))
         if not self._filtered:
-            self.counters.rows_dense[next(iter(self._dense))] += len(query_lens)
+            self.counters.rows_dense[next(iter(self._dense))] += len(step.query_lens)
+            return
+        if part is not next(part for part in self.parts if part.layout is not None):
             return
         # A filtered row reads a cache from which tokens were removed before this step.
         num_filtered = int(np.count_nonzero(removed))
@@ -238,21 +348,55 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         if num_filtered < len(removed):
             self.counters.rows_dense[DenseReason.SHORT] += len(removed) - num_filtered
 
-    def _seal_due(self) -> None:
-        due, self._due = self._due, None
-        if due is None:
-            return
-        if self._cache is None:
-            layers = list(self._filtered.values())
-            self._cache = sealing.FilteredCache.over(
-                list(self._filtered), [layer.kv_cache for layer in layers], self.isa
+    def _skipping_of(self, part: _Part) -> SkippingLayers:
+        if part.skipping is None:
+            part.skipping = SkippingLayers(
+                list(part.layers),
+                [layer.kv_cache for layer in part.layers.values()],
+                self.isa,
+                self.config,
+                self._num_layers,
             )
-        started = time.perf_counter()
-        sealing.seal(due, self._cache, self.config)
-        self.counters.seals += 1
-        self.counters.seal_seconds += time.perf_counter() - started
-        self.counters.tokens_sealed += due.num_chunks * self.layout.chunk_size
-        self.counters.tokens_pruned += due.num_chunks * self.layout.removed_per_chunk
+        return part.skipping
+
+    def _seal_due(self) -> None:
+        for part in self.parts:
+            due, part.due = part.due, None
+            if due is None:
+                continue
+            assert part.layout is not None
+            if part.cache is None:
+                layers = list(part.layers.values())
+                part.cache = sealing.FilteredCache.over(list(part.layers), [x.kv_cache for x in layers], self.isa)
+            started = time.perf_counter()
+            carried = None if part.skipping is None else part.skipping.kept
+            sealing.seal(due, part.cache, part.layout, self.config, carried)
+            if part.skipping is not None:
+                part.skipping.follow(due, part.layout)
+            self.counters.seals += 1
+            self.counters.seal_seconds += time.perf_counter() - started
+            self.counters.count_sealed(
+                due.num_chunks * part.layout.chunk_size,
+                due.num_chunks * part.layout.removed_per_chunk,
+                len(part.layers) / len(self._filtered),
+            )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of `build`; arrays int64 [num_reqs]."""
+
+    common_prefix_len: int
+    common: CommonAttentionMetadata
+    fast_build: bool
+    seq_lens: NDArray[np.int64]
+    query_lens: NDArray[np.int64]
+    num_computed: NDArray[np.int64]
+    shared: NDArray[np.int64]
+
+    def with_slots_of_its_own(self) -> "_Step":
+        """The same step with a slot mapping that may be overwritten without the other parts' seeing it."""
+        return replace(self, common=self.common.replace(slot_mapping=self.common.slot_mapping.clone()))
 
 
 def _sort_all_layers_once(vllm_config: VllmConfig) -> None:
@@ -261,10 +405,12 @@ def _sort_all_layers_once(vllm_config: VllmConfig) -> None:
         return
     config = refusals.require_supported(vllm_config)
     filtered, dense = sort_layers(vllm_config, config)
+    skipping, unskipped = sort_skipping(vllm_config, config)
     give_filtered_layers_their_spec(filtered, vllm_config, config)
     for layer in layers.values():
         setattr(layer, _SORTED, True)
-    logger.info("%s", status.start_block(config, list(filtered), dense, CPUAttentionBackend.get_name(), vllm_config))
+    inner = CPUAttentionBackend.get_name()
+    logger.info("%s", status.start_block(config, list(filtered), dense, list(skipping), unskipped, inner, vllm_config))
 
 
 def _log_totals(counters: StepCounters) -> None:

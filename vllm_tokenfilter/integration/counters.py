@@ -20,6 +20,8 @@ class DenseReason(StrEnum):
     ALIBI = "alibi_layer"
     RATIO_ZERO = "pruning_ratio_zero"
     SHORT = "shorter_than_window_and_chunk"
+    SHARED_CACHE = "reads_another_layers_cache"
+    LEARNED_SINKS = "learned_attention_sinks"
 
 
 @dataclass
@@ -29,21 +31,41 @@ class StepCounters:
     Attributes:
         tokens_seen: tokens computed by steps of the group.
         tokens_sealed: positions in chunks that were sealed.
-        tokens_pruned: positions among them that left the cache of every filtered layer.
+        tokens_pruned: positions among them that left the cache, as a mean over the group's filtered layers.
         rows_filtered: rows that read a filtered cache.
         rows_dense: rows that read every token, by reason.
         seals: kernel calls.
         seal_seconds: time spent in them.
+        attentions_decided: attentions of a token in a layer that skips, once the warm-up is over.
+        attentions_skipped: attentions among them that were skipped.
+        reads_dense: cache entries (a token in a layer) that rows of one new token would have read without us.
+        reads_filtered: entries among them that were left after KV filtering.
+        reads_done: entries among those that were left after skipping.
     """
 
     tokens_seen: int = 0
-    tokens_sealed: int = 0
-    tokens_pruned: int = 0
+    tokens_sealed: float = 0
+    tokens_pruned: float = 0
     rows_filtered: int = 0
     rows_dense: Counter[str] = field(default_factory=Counter)
     seals: int = 0
     seal_seconds: float = 0.0
+    attentions_decided: int = 0
+    attentions_skipped: int = 0
+    reads_dense: int = 0
+    reads_filtered: int = 0
+    reads_done: int = 0
+
+    def count_sealed(self, sealed: int, pruned: int, share: float) -> None:
+        """Add what one seal did in `share` of the group's filtered layers."""
+        self.tokens_sealed += sealed * share
+        self.tokens_pruned += pruned * share
 
     def as_dict(self) -> dict[str, Any]:
         """The totals as plain types."""
-        return {**vars(self), "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()}}
+        return {
+            **vars(self),
+            "tokens_sealed": round(self.tokens_sealed),
+            "tokens_pruned": round(self.tokens_pruned),
+            "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()},
+        }

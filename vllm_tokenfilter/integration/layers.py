@@ -63,8 +63,45 @@ def give_filtered_layers_their_spec(
         config: our settings.
     """
     max_step_tokens = longest_step(vllm_config)
-    for layer in filtered.values():
-        layer.attn_backend = _backend_of_filtered_layers(layer.attn_backend, config.layout, max_step_tokens)
+    layouts = config.layouts(num_layers(vllm_config))
+    for index, layer in filtered.items():
+        layer.attn_backend = _backend_of_filtered_layers(layer.attn_backend, layouts[index], max_step_tokens)
+
+
+def sort_skipping(
+    vllm_config: VllmConfig, config: FilterConfig, layer_names: Sequence[str] | None = None
+) -> tuple[dict[int, Attention], dict[str, list[int]]]:
+    """The layers that skip attention, by index, and by reason those that should but cannot.
+
+    Args:
+        vllm_config: the configuration that holds the model's layers.
+        config: our settings.
+        layer_names: only these layers; None for all.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, Attention, None if layer_names is None else list(layer_names))
+    units = config.skip_units(num_layers(vllm_config))
+    skipping: dict[int, Attention] = {}
+    unable: dict[str, list[int]] = {}
+    for name, layer in sorted(layers.items(), key=lambda item: extract_layer_index(item[0])):
+        index = extract_layer_index(name)
+        if not units[index]:
+            continue
+        if layer.kv_sharing_target_layer_name is not None:
+            reason: DenseReason | None = DenseReason.SHARED_CACHE
+        elif getattr(layer.impl, "sinks", None) is not None and config.attention_skipping.substitute == "window":
+            reason = DenseReason.LEARNED_SINKS
+        else:
+            reason = _cache_reason(layer, vllm_config)
+        if reason is None:
+            skipping[index] = layer
+        else:
+            unable.setdefault(str(reason), []).append(index)
+    return skipping, unable
+
+
+def num_layers(vllm_config: VllmConfig) -> int:
+    """Layers of the whole model, over all pipeline ranks."""
+    return int(vllm_config.model_config.get_total_num_hidden_layers())
 
 
 def longest_step(vllm_config: VllmConfig) -> int:
@@ -99,6 +136,15 @@ def _backend_of_filtered_layers(
 
 
 def _dense_reason(layer: Attention, index: int, vllm_config: VllmConfig, config: FilterConfig) -> DenseReason | None:
+    if (reason := _cache_reason(layer, vllm_config)) is not None:
+        return reason
+    if config.pruning_ratio == 0:
+        return DenseReason.RATIO_ZERO
+    return DenseReason.CONFIGURED if config.layouts(num_layers(vllm_config))[index] is None else None
+
+
+def _cache_reason(layer: Attention, vllm_config: VllmConfig) -> DenseReason | None:
+    """Why the layer's cache is none we can work on, whatever the settings."""
     spec = layer.get_kv_cache_spec(vllm_config)
     if layer.sliding_window is not None or isinstance(spec, SlidingWindowSpec):
         return DenseReason.SLIDING_WINDOW
@@ -106,8 +152,4 @@ def _dense_reason(layer: Attention, index: int, vllm_config: VllmConfig, config:
         return DenseReason.CHUNKED_LOCAL
     if type(spec) not in (FullAttentionSpec, FilteredAttentionSpec):
         return DenseReason.OTHER_CACHE
-    if layer.impl.alibi_slopes is not None:
-        return DenseReason.ALIBI
-    if config.layout.removed_per_chunk == 0:
-        return DenseReason.RATIO_ZERO
-    return None if config.filters_layer(index) else DenseReason.CONFIGURED
+    return DenseReason.ALIBI if layer.impl.alibi_slopes is not None else None

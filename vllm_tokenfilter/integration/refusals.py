@@ -6,7 +6,7 @@ the last thing printed) and when the first attention layer is built (for configu
 Source: vllm/config/*.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
-from vllm_tokenfilter.errors import UnsupportedError
-from vllm_tokenfilter.layout import shares_prefixes
+from vllm_tokenfilter.errors import ConfigError, UnsupportedError
+from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)
 
@@ -60,6 +60,17 @@ def unsupported_reasons(vllm_config: VllmConfig, config: FilterConfig) -> list[s
         value = refusal.found(vllm_config, config)
         if value is not None:
             reasons.append(refusal.sentence(value))
+    return reasons + _unfit_schedules(vllm_config, config)
+
+
+def _unfit_schedules(vllm_config: VllmConfig, config: FilterConfig) -> list[str]:
+    """Why the schedules do not fit the model's layers."""
+    reasons: list[str] = []
+    for resolve in (config.layouts, config.skip_units):
+        try:
+            resolve(_num_layers(vllm_config))
+        except ConfigError as error:
+            reasons += error.reasons
     return reasons
 
 
@@ -91,7 +102,11 @@ def _missing_layers(vllm_config: VllmConfig, config: FilterConfig) -> str | None
 
 
 def _nothing_filtered(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
-    if config.pruning_ratio == 0 or any(config.filters_layer(index) for index in range(_num_layers(vllm_config))):
+    if (
+        config.pruning_ratio == 0
+        or config.schedule.kind != "uniform"
+        or any(config.filters_layer(index) for index in range(_num_layers(vllm_config)))
+    ):
         return None
     return f"{config.first_layer}, dense_layers={list(config.dense_layers)}"
 
@@ -123,8 +138,8 @@ REFUSALS = (
     ),
     Refusal(
         "disable_hybrid_kv_cache_manager",
-        "gives all layers the blocks of one kind, and filtered and dense layers need their own",
-        "leave it out, or filter every layer",
+        "gives all layers the blocks of one kind, and layers of different ratios, dense ones too, need their own",
+        "leave it out, or give every layer the same ratio",
         lambda vllm_config, config: _one_kind_of_blocks(vllm_config, config),
     ),
     Refusal(
@@ -251,18 +266,26 @@ def _unshareable_prefixes(vllm_config: VllmConfig, config: FilterConfig) -> str 
     if not cache_config.enable_prefix_caching or config.pruning_ratio == 0:
         return None
     # A block size that is still open is the platform's to choose; asked again when the first layer is built.
-    if cache_config.block_size is None or can_share_prefixes(config, cache_config.block_size):
+    if cache_config.block_size is None:
+        return None
+    try:
+        layouts = {layout for layout in config.layouts(_num_layers(vllm_config)) if layout is not None}
+    except ConfigError:
+        return None  # refused for itself
+    if can_share_prefixes(config, layouts, cache_config.block_size):
         return None
     return f"True with block_size={cache_config.block_size}, {kept_of(config)}"
 
 
-def can_share_prefixes(config: FilterConfig, block_size: int) -> bool:
-    """Whether sealed chunks of these settings can be cached in blocks of this many tokens."""
-    return config.selector != "recency" and shares_prefixes(config.layout, block_size)
+def can_share_prefixes(config: FilterConfig, layouts: Iterable[Layout], block_size: int) -> bool:
+    """Whether sealed chunks of these layouts can be cached in blocks of this many tokens."""
+    return config.selector != "recency" and all(shares_prefixes(layout, block_size) for layout in layouts)
 
 
 def kept_of(config: FilterConfig) -> str:
     """What a chunk keeps, in words."""
+    if config.schedule.kind != "uniform":
+        return f"selector={config.selector}, chunk_size={config.chunk_size} and schedule.kind={config.schedule.kind}"
     return (
         f"selector={config.selector}, chunk_size={config.chunk_size} and pruning_ratio={config.pruning_ratio:g} "
         f"({config.layout.kept_per_chunk} tokens kept)"
@@ -270,8 +293,11 @@ def kept_of(config: FilterConfig) -> str:
 
 
 def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool | None:
-    mixed = config.pruning_ratio > 0 and not all(config.filters_layer(i) for i in range(_num_layers(vllm_config)))
-    return _only(mixed and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+    try:
+        kinds = len(set(config.layouts(_num_layers(vllm_config))))
+    except ConfigError:
+        return None  # refused for itself
+    return _only(kinds > 1 and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
 
 
 def _above_one(value: int) -> int | None:

@@ -110,8 +110,22 @@ def due_seals(
     )
 
 
-def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChunks:
-    """Seal what is due in every filtered layer, in place."""
+def seal(
+    due: DueSeals,
+    cache: FilteredCache,
+    layout: Layout,
+    config: FilterConfig,
+    carried: NDArray[np.int64] | None = None,
+) -> SealedChunks:
+    """Seal what is due in every filtered layer, in place.
+
+    Args:
+        due: what the step before made due.
+        cache: the filtered layers' cache, all of one layout.
+        layout: that layout.
+        config: how tokens are ranked.
+        carried: see `cpu.seal_chunks`.
+    """
     kept = cpu.seal_chunks(
         cache.paged,
         cache.saved_redundancy,
@@ -120,9 +134,10 @@ def seal(due: DueSeals, cache: FilteredCache, config: FilterConfig) -> SealedChu
         due.first_chunk,
         due.last_chunk,
         due.own_chunk,
-        config.layout,
+        layout,
         cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed),
         np.array(cache.layer_indices, np.int64),
         torch.get_num_threads(),
+        carried,
     )
     return SealedChunks(cache.layer_indices, kept)

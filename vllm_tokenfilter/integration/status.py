@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
-from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.layers import longest_step
+from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
+from vllm_tokenfilter.integration.layers import longest_step, num_layers
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.layout import peak_slots
 
@@ -20,9 +20,11 @@ class WorkerStatus:
         """Settings in force and totals since start, of this worker.
 
         Returns:
-            Keys backend, layers_filtered (indices), layers_dense (reason -> indices), the settings, effective_ratio,
-            and the totals of `StepCounters` of a KV-cache group that holds filtered layers: each such group counts the
-            same tokens and rows. Seals and their time are summed over the groups.
+            Keys backend, layers_filtered (indices), layers_dense (reason -> indices), layers_skipping (indices),
+            layers_unskipped (reason -> indices), layer_table (see `layer_table`), the settings, effective_ratio, and
+            the totals of `StepCounters`: tokens and rows of a KV-cache group that holds filtered layers, since each
+            such group sees the same ones; what was sealed and pruned as a mean over the filtered layers; seals, skipped
+            attentions and cache entries summed over the groups.
         """
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
 
@@ -32,61 +34,141 @@ class WorkerStatus:
 
 
 def describe(
-    config: FilterConfig, filtered: list[int], dense: dict[str, list[int]], totals: dict[str, Any]
+    config: FilterConfig,
+    filtered: list[int],
+    dense: dict[str, list[int]],
+    skipping: list[int],
+    unskipped: dict[str, list[int]],
+    num_layers: int,
+    totals: dict[str, Any],
 ) -> dict[str, Any]:
     """One group's status as plain types."""
     return {
         "backend": BACKEND_NAME,
         "layers_filtered": filtered,
         "layers_dense": dense,
+        "layers_skipping": skipping,
+        "layers_unskipped": unskipped,
+        "layer_table": layer_table(config, num_layers),
         **config.model_dump(mode="json"),
-        "effective_ratio": config.layout.effective_ratio,
+        "effective_ratio": effective_ratio(config, num_layers),
         **totals,
     }
 
 
+def layer_table(config: FilterConfig, num_layers: int) -> list[dict[str, Any]]:
+    """What the settings make of every layer: runs of layers that are alike, from the first to the last.
+
+    Returns:
+        Rows with layers (such as "0-9"), kept_per_chunk (tokens), kv_ratio and skip_ratio.
+    """
+    layouts, units = config.layouts(num_layers), config.skip_units(num_layers)
+    alike: dict[tuple[int, int], list[list[int]]] = {}
+    previous = None
+    for index in range(num_layers):
+        layout = layouts[index]
+        key = (config.chunk_size if layout is None else layout.kept_per_chunk, units[index])
+        runs = alike.setdefault(key, [])
+        if key != previous:
+            runs.append([])
+        runs[-1].append(index)
+        previous = key
+    rows = [(run, key) for key, runs in alike.items() for run in runs]
+    return [
+        {
+            "layers": _ranges(run),
+            "kept_per_chunk": kept,
+            "kv_ratio": 1 - kept / config.chunk_size,
+            "skip_ratio": skipped / SKIP_UNITS,
+        }
+        for run, (kept, skipped) in sorted(rows)
+    ]
+
+
+def effective_ratio(config: FilterConfig, num_layers: int) -> float:
+    """The share of a sealed chunk that is removed, as a mean over the layers that are filtered; 0 if none is."""
+    ratios = [layout.effective_ratio for layout in config.layouts(num_layers) if layout is not None]
+    return sum(ratios) / len(ratios) if ratios else 0.0
+
+
 def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several groups' statuses as one: layers joined, counts of one group that filters, seals of all."""
+    """Several groups' statuses as one; see `WorkerStatus.token_filtering_status`."""
     if not statuses:
         return {}
     active = [status for status in statuses if status["layers_filtered"]] or statuses
     merged = dict(active[0])
-    merged["layers_filtered"] = sorted(index for status in statuses for index in status["layers_filtered"])
-    dense: dict[str, list[int]] = {}
-    for status in statuses:
-        for reason, indices in status["layers_dense"].items():
-            dense[reason] = sorted(dense.get(reason, []) + indices)
-    merged["layers_dense"] = dense
+    for key in ("layers_filtered", "layers_skipping"):
+        merged[key] = sorted(index for status in statuses for index in status[key])
+    for key in ("layers_dense", "layers_unskipped"):
+        reasons: dict[str, list[int]] = {}
+        for status in statuses:
+            for reason, indices in status[key].items():
+                reasons[reason] = sorted(reasons.get(reason, []) + indices)
+        merged[key] = reasons
     for key in ("seals", "seal_seconds"):
         merged[key] = sum(status[key] for status in active)
+    for key in ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done"):
+        merged[key] = sum(status[key] for status in statuses)
+    for key in ("tokens_sealed", "tokens_pruned"):
+        weights = [max(1, len(status["layers_filtered"])) for status in active]
+        total = sum(status[key] * weight for status, weight in zip(active, weights, strict=True))
+        merged[key] = round(total / sum(weights))
     return merged
 
 
 def start_block(
-    config: FilterConfig, filtered: list[int], dense: dict[str, list[int]], inner: str, vllm_config: VllmConfig
+    config: FilterConfig,
+    filtered: list[int],
+    dense: dict[str, list[int]],
+    skipping: list[int],
+    unskipped: dict[str, list[int]],
+    inner: str,
+    vllm_config: VllmConfig,
 ) -> str:
     """The lines logged once per worker at start."""
-    layout = config.layout
+    layout, layers = config.layout, num_layers(vllm_config)
+    table = layer_table(config, layers)
     lines = [
         f"Token Filtering is on: backend {BACKEND_NAME} over {inner}"
-        if filtered
+        if filtered or skipping
         else f"Token Filtering filters no layer: backend {BACKEND_NAME} over {inner}",
         f"  layers filtered: {_ranges(filtered)}",
         *(f"  layers dense: {_ranges(indices)} ({reason})" for reason, indices in dense.items()),
         f"  pruning ratio {config.pruning_ratio:g}: each sealed chunk of {config.chunk_size} tokens keeps "
-        f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})",
+        f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})"
+        if config.schedule.kind == "uniform"
+        else f"  pruning ratio {config.pruning_ratio:g} as a mean over {layers} layers, schedule "
+        f"{config.schedule.kind}; a sealed chunk of {config.chunk_size} tokens keeps",
+    ]
+    if config.schedule.kind != "uniform" or len({row["skip_ratio"] for row in table}) > 1:
+        lines += [
+            f"    layers {row['layers']}: {row['kept_per_chunk']} tokens"
+            + (f", attention of {row['skip_ratio']:.4g} of the tokens skipped" if skipping else "")
+            for row in table
+        ]
+    lines += [
         f"  always whole: the newest {config.recent_window} tokens; the first {config.sink_tokens} always stay; "
         f"requests shorter than {layout.first_seal} tokens are dense",
         f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens"
         if config.selector == "anchor"
         else f"  redundancy: the rival method {config.selector}",
     ]
+    options = config.attention_skipping
+    if options.ratio > 0:
+        near = f", sinks and the last {options.skip_window} tokens" if options.substitute == "window" else ""
+        lines += [
+            f"  attention skipping: {options.ratio:g} as a mean over {layers} layers, in layers {_ranges(skipping)}; "
+            f"substitute {options.substitute}{near}; the first {options.warmup_tokens} tokens never skip",
+            *(f"  layers that cannot skip: {_ranges(indices)} ({reason})" for reason, indices in unskipped.items()),
+        ]
     if filtered:
         length = vllm_config.model_config.max_model_len
         step = longest_step(vllm_config)
+        slots = {peak_slots(length, step, own) for own in config.layouts(layers) if own is not None}
+        needed = str(min(slots)) if len(slots) == 1 else f"{min(slots)} to {max(slots)}"
         lines.append(
-            f"  memory: a request of {length} tokens needs at most {peak_slots(length, step, layout)} slots in a "
-            f"filtered layer, with prefill steps of at most {step} tokens"
+            f"  memory: a request of {length} tokens needs at most {needed} slots in a filtered layer, with prefill "
+            f"steps of at most {step} tokens"
         )
         shared = vllm_config.cache_config.enable_prefix_caching
         lines.append(f"  prefix caching: {'on, sealed chunks are shared' if shared else 'off'}")
@@ -100,6 +182,11 @@ def totals_line(totals: dict[str, Any]) -> str:
         f"Token Filtering totals: {totals['tokens_seen']} tokens seen, {totals['tokens_sealed']} sealed, "
         f"{totals['tokens_pruned']} pruned per filtered layer; {totals['rows_filtered']} rows filtered, "
         f"rows dense: {dense}; {totals['seals']} seals in {totals['seal_seconds']:.3f} s"
+        + (
+            f"; {totals['attentions_skipped']} of {totals['attentions_decided']} attentions skipped"
+            if totals["attentions_decided"]
+            else ""
+        )
     )
 
 

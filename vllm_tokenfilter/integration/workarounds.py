@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
 from vllm_tokenfilter.integration import refusals, registration
+from vllm_tokenfilter.layout import Layout
 
 logger = init_logger("vllm.tokenfilter")
 
@@ -104,7 +105,15 @@ def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = CPU_BLOCK_SIZE
     block_size = args.block_size or GPU_BLOCK_SIZE
-    if args.enable_prefix_caching is None and not refusals.can_share_prefixes(config, block_size):
+    if args.enable_prefix_caching is None and config.schedule.kind in ("tail", "linear"):
+        args.enable_prefix_caching = False
+        logger.info(
+            "Token Filtering: prefix caching, on by default, is switched off: with schedule.kind=%s a layer's kept "
+            "tokens depend on the model; --enable-prefix-caching switches it on where they fill blocks of %d tokens.",
+            config.schedule.kind,
+            block_size,
+        )
+    elif args.enable_prefix_caching is None and not refusals.can_share_prefixes(config, _layouts(config), block_size):
         args.enable_prefix_caching = False
         logger.info(
             "Token Filtering: prefix caching, on by default, is switched off: the tokens a chunk keeps fill no whole "
@@ -115,14 +124,26 @@ def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
         )
 
 
+def _layouts(config: FilterConfig) -> set[Layout]:
+    """The layouts of the filtered layers; of schedules that need no model to know them."""
+    if config.schedule.kind == "uniform":
+        return {config.layout}
+    try:
+        return {layout for layout in config.layouts(len(config.schedule.ratios)) if layout is not None}
+    except ConfigError:
+        return set()  # refused once the model is known
+
+
 def _nearest_fit(config: FilterConfig, block_size: int) -> str:
     """What to change for prefix caching, in words."""
     if config.selector == "recency":
         return "every other selector would have it"
+    if config.schedule.kind != "uniform":
+        return "ratios that keep whole blocks in every layer would have it"
     error = abs(config.layout.effective_ratio - config.pruning_ratio)
     for chunk_size in range(block_size, 4096 + 1, block_size):
         other = config.model_copy(update={"chunk_size": chunk_size})
-        fits = chunk_size >= config.anchor_terms and refusals.can_share_prefixes(other, block_size)
+        fits = chunk_size >= config.anchor_terms and refusals.can_share_prefixes(other, [other.layout], block_size)
         if fits and abs(other.layout.effective_ratio - config.pruning_ratio) <= error:
             return f"chunk_size={chunk_size} with recent_window={max(chunk_size, config.recent_window)} would have it"
     return "another pruning_ratio, such as 0.5, would have it"

@@ -1,4 +1,4 @@
-"""Compiles the C kernel for this machine once and loads it: a shared library in the user's cache folder.
+"""Compiles the C kernels for this machine once and loads them: a shared library in the user's cache folder.
 
 Compiled on the machine it runs on, because it is only as fast as the processor's vector instructions. It is linked
 without an OpenMP library of its own: the one that PyTorch has loaded serves it too, so that no second pool of threads
@@ -18,7 +18,8 @@ from pathlib import Path
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.paths import cache_folder
 
-SOURCE = Path(__file__).with_name("seal.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("seal.c", "skip.c")]
+_HEADER = Path(__file__).with_name("cache.h")
 
 # Sums may be reordered to use vector registers; NaN and infinity keep their meaning.
 _FLAGS = [
@@ -37,14 +38,14 @@ _FLAGS = [
 
 @functools.cache
 def load_kernel() -> ctypes.CDLL:
-    """The compiled kernel.
+    """The compiled kernels.
 
     Raises:
         UnsupportedError: there is no C compiler, or it refuses the source.
     """
     import torch  # noqa: F401  (brings the OpenMP library whose symbols the kernel needs)
 
-    library = cache_folder() / "kernels" / f"seal-{_fingerprint()}.so"
+    library = cache_folder() / "kernels" / f"kernels-{_fingerprint()}.so"
     if not library.exists():
         _compile(library)
     return ctypes.CDLL(str(library))
@@ -63,7 +64,7 @@ def _fingerprint() -> str:
         processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         processor = platform.processor()
-    parts = (SOURCE.read_text(), " ".join(_FLAGS), platform.machine(), processor)
+    parts = (*(path.read_text() for path in (*SOURCES, _HEADER)), " ".join(_FLAGS), platform.machine(), processor)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -72,11 +73,13 @@ def _compile(library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        target, compiled = Path(folder) / "seal.o", Path(folder) / "seal.so"
-        for command in (
-            [compiler, *_FLAGS, native, "-c", str(SOURCE), "-o", str(target)],
-            [compiler, "-shared", str(target), "-o", str(compiled), "-lm"],
-        ):
+        compiled = Path(folder) / "kernels.so"
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        compile_each = [
+            [compiler, *_FLAGS, native, "-c", str(source), "-o", target]
+            for source, target in zip(SOURCES, objects, strict=True)
+        ]
+        for command in (*compile_each, [compiler, "-shared", *objects, "-o", str(compiled), "-lm"]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UnsupportedError(

@@ -1,4 +1,4 @@
-"""The CPU sealing kernel's Python side: what it is told, checked and handed to seal.c.
+"""The CPU sealing kernel's Python side, and what all CPU kernels share: what it is told, checked and handed to seal.c.
 
 Score, select and compact in place, over every layer and request of a step at once; the maths is in seal.c and,
 readable, in kernels/reference.py. Compiled for the machine on first use (build.py); needs no memory beyond a few
@@ -8,6 +8,7 @@ Source: docs/algorithm.md (redundancy), docs/layout.md (slots).
 """
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,30 @@ class PagedCache:
         """Tokens per block."""
         return len(self.key_tokens)
 
+    @functools.cached_property
+    def struct(self) -> ctypes.Structure:
+        """The same for the kernels; valid as long as this object."""
+        return CacheStruct(
+            pointer(self.elements, self.elements.dtype),
+            pointer(self.widen_table, np.float32),
+            *(
+                pointer(array, np.int64)
+                for array in (
+                    self.layer_starts,
+                    self.key_tokens,
+                    self.key_dims,
+                    self.value_tokens,
+                    self.value_dims,
+                )
+            ),
+            self.block_stride,
+            self.head_stride,
+            self.encoding,
+            self.num_kv_heads,
+            self.block_size,
+            len(self.key_dims),
+        )
+
 
 def seal_chunks(
     cache: PagedCache,
@@ -105,6 +130,7 @@ def seal_chunks(
     rule: ScoreRule,
     layer_indices: NDArray[np.int64],
     num_threads: int,
+    carried: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
     """Seal the due chunks of a step in every layer; the cache and `saved_redundancy` change in place.
 
@@ -121,6 +147,8 @@ def seal_chunks(
         rule: how tokens are ranked.
         layer_indices: int64 [num_layers], the layers' indices in the model.
         num_threads: threads of PyTorch's pool to run on.
+        carried: int64 [num_layers, num_blocks * block_size] by physical slot, moved along with raw tokens; None if
+            nothing is kept of them.
 
     Returns:
         int32 [num_layers, num_due_chunks, kept_per_chunk]: the offsets inside each chunk that stayed, ascending,
@@ -132,28 +160,7 @@ def seal_chunks(
     ends = np.cumsum(last_chunks - first_chunks)
     chosen = np.empty((len(cache.layer_starts), int(ends[-1]), layout.kept_per_chunk), np.int32)
     load_kernel().seal_chunks(
-        ctypes.byref(
-            _Cache(
-                _pointer(cache.elements, cache.elements.dtype),
-                _pointer(cache.widen_table, np.float32),
-                *(
-                    _pointer(array, np.int64)
-                    for array in (
-                        cache.layer_starts,
-                        cache.key_tokens,
-                        cache.key_dims,
-                        cache.value_tokens,
-                        cache.value_dims,
-                    )
-                ),
-                cache.block_stride,
-                cache.head_stride,
-                cache.encoding,
-                cache.num_kv_heads,
-                cache.block_size,
-                len(cache.key_dims),
-            )
-        ),
+        ctypes.byref(cache.struct),
         ctypes.byref(
             _Rule(
                 layout.chunk_size,
@@ -169,29 +176,32 @@ def seal_chunks(
         ),
         ctypes.byref(
             _Rows(
-                _pointer(block_tables, np.int32),
+                pointer(block_tables, np.int32),
                 block_tables.shape[1],
                 len(block_tables),
-                *(_pointer(array, np.int64) for array in (num_tokens, first_chunks, last_chunks, own_chunks, ends)),
+                *(pointer(array, np.int64) for array in (num_tokens, first_chunks, last_chunks, own_chunks, ends)),
             )
         ),
         ctypes.c_int64(len(cache.layer_starts)),
-        _pointer(layer_indices, np.int64),
-        _pointer(saved_redundancy, np.float32),
+        pointer(layer_indices, np.int64),
+        pointer(saved_redundancy, np.float32),
         ctypes.c_int64(saved_redundancy.shape[1]),
-        _pointer(chosen, np.int32),
+        None if carried is None else pointer(carried, np.int64),
+        pointer(chosen, np.int32),
         ctypes.c_int64(num_threads),
     )
     return chosen
 
 
-def _pointer(array: NDArray[Any], dtype: Any) -> ctypes.c_void_p:
-    # The kernel takes what it is given at its word.
+def pointer(array: NDArray[Any], dtype: Any) -> ctypes.c_void_p:
+    """The address of an array for a kernel, which takes what it is given at its word: so type and order are checked."""
     assert array.dtype == dtype and array.flags.c_contiguous, (array.dtype, dtype, array.flags.c_contiguous)
     return ctypes.c_void_p(array.ctypes.data)
 
 
-class _Cache(ctypes.Structure):
+class CacheStruct(ctypes.Structure):
+    """`struct cache` of cache.h."""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("elements", "table", "layer_starts")),
         *((name, ctypes.c_void_p) for name in ("key_tokens", "key_dims", "value_tokens", "value_dims")),

@@ -7,24 +7,10 @@
 
    Shapes: C = rule->size tokens of a chunk, K = rule->keep kept, D = cache->dims, H = cache->heads. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "cache.h"
 
 /* The codes of kernels/cpu.py. */
-enum { FLOAT32, BFLOAT16, TABLE16 };
-enum { VARIANCE_AWARE, MEAN, KEY, VALUE };
 enum { ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM, LAGKV, RECENCY };
-
-/* Where every element lies; see PagedCache. */
-struct cache {
-  void *elements;
-  const float *table;
-  const int64_t *layer_starts, *key_tokens, *key_dims, *value_tokens, *value_dims;
-  int64_t block_stride, head_stride;
-  int64_t encoding, heads, block_size, dims;
-};
 
 struct rule {
   int64_t size, keep, sinks, terms, selector, fusion, seed;
@@ -42,32 +28,6 @@ struct ranked {
   float redundancy;
   int32_t offset;
 };
-
-static float *floats(int64_t count) {
-  /* Aligned, so that sums over vector registers group alike in every call. */
-  int64_t bytes = (count * (int64_t)sizeof(float) + 63) / 64 * 64;
-  float *memory = aligned_alloc(64, bytes > 0 ? bytes : 64);
-  if (!memory) abort();
-  memset(memory, 0, bytes);
-  return memory;
-}
-
-static void widen(const struct cache *cache, int64_t base, const int64_t *dims, float *out) {
-  int64_t count = cache->dims;
-  if (cache->encoding == FLOAT32) {
-    const float *elements = (const float *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) out[d] = elements[dims[d]];
-  } else if (cache->encoding == BFLOAT16) {
-    const uint16_t *elements = (const uint16_t *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) {
-      uint32_t bits = (uint32_t)elements[dims[d]] << 16;
-      memcpy(out + d, &bits, sizeof bits);
-    }
-  } else {
-    const uint16_t *elements = (const uint16_t *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) out[d] = cache->table[elements[dims[d]]];
-  }
-}
 
 static float norm(const float *x, int64_t dims) {
   float total = 0;
@@ -145,33 +105,6 @@ static float random_score(int64_t position, int64_t layer_index, int64_t seed) {
   return (float)(x >> 8) / 16777216.0f;
 }
 
-/* Redundancy of each token, into out [C], from the heads' scores key, value [H, C]. */
-static void fuse(const float *key, const float *value, int64_t heads, int64_t size, int64_t fusion, float *out) {
-  for (int64_t t = 0; t < size; t++) {
-    float key_mean = 0, value_mean = 0, weight = 0.5f;
-    for (int64_t h = 0; h < heads; h++) {
-      key_mean += key[h * size + t];
-      value_mean += value[h * size + t];
-    }
-    key_mean /= heads;
-    value_mean /= heads;
-    if (fusion == VARIANCE_AWARE) {
-      float key_variance = 0, value_variance = 0;
-      for (int64_t h = 0; h < heads; h++) {
-        key_variance += (key[h * size + t] - key_mean) * (key[h * size + t] - key_mean);
-        value_variance += (value[h * size + t] - value_mean) * (value[h * size + t] - value_mean);
-      }
-      float sum = key_variance + value_variance;
-      if (sum > 0) weight = value_variance / sum;
-    } else if (fusion == KEY) {
-      weight = 1;
-    } else if (fusion == VALUE) {
-      weight = 0;
-    }
-    out[t] = weight * key_mean + (1 - weight) * value_mean;
-  }
-}
-
 /* Score chunk c of a head; for LagKV the chunk before it, whose scores need this one. tiles [4, C, D]: keys of even and
    odd chunks, then values. key_scores, value_scores: of chunk c, chunks lie `stride` apart. scratch [3, D]. */
 static void score_head(const struct rule *rule, int64_t dims, int64_t c, const float *tiles, float *scratch,
@@ -201,10 +134,6 @@ static void score_head(const struct rule *rule, int64_t dims, int64_t c, const f
       }
       break;
   }
-}
-
-static int64_t element(const struct cache *cache, const int32_t *blocks, int64_t start, int64_t head, int64_t slot) {
-  return start + blocks[slot / cache->block_size] * cache->block_stride + head * cache->head_stride;
 }
 
 static void copy(const struct cache *cache, int64_t from, int64_t to, const int64_t *dims) {
@@ -238,8 +167,20 @@ static int by_offset(const void *a, const void *b) {
   return ((const struct ranked *)a)->offset - ((const struct ranked *)b)->offset;
 }
 
+/* Let what the skipping kernel keeps of raw tokens (skip.c) follow them from slots behind `gone` to `gone` slots lower.
+   carried: by physical slot, or null. */
+static void carry(int64_t *carried, const int32_t *blocks, int64_t block_size, int64_t first_target, int64_t end_target,
+                  int64_t gone) {
+  if (!carried) return;
+  for (int64_t target = first_target; target < end_target; target++) {
+    int64_t source = target + gone;
+    carried[blocks[target / block_size] * block_size + target % block_size] =
+        carried[blocks[source / block_size] * block_size + source % block_size];
+  }
+}
+
 static void seal_row(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t layer,
-                     int64_t layer_index, int64_t row, float *saved, int32_t *chosen) {
+                     int64_t layer_index, int64_t row, float *saved, int64_t *carried, int32_t *chosen) {
   int64_t size = rule->size, keep = rule->keep, dims = cache->dims, heads = cache->heads;
   int64_t first = rows->first[row], last = rows->last[row], num_tokens = rows->num_tokens[row];
   int64_t start = cache->layer_starts[layer], block_size = cache->block_size;
@@ -247,6 +188,7 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
   /* Before the seal the raw token at position p lies in slot p - removed; after it, in p - removed_after. */
   int64_t removed = first * (size - keep), removed_after = last * (size - keep);
   chosen += (rows->ends[row] - (last - first)) * keep;
+  carry(carried, blocks, block_size, last * keep, num_tokens - removed_after, removed_after - removed);
 
   if (rule->selector == RECENCY) {
     /* Nothing is scored: the oldest tokens behind the sinks leave, all others move up. */
@@ -327,15 +269,15 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
 }
 
 /* Seal the due chunks of every row in every layer. layer_indices [num_layers]; saved [num_layers, saved_stride];
-   chosen [num_layers, num_due_chunks, K]. */
+   carried [num_layers, saved_stride] or null; chosen [num_layers, num_due_chunks, K]. */
 void seal_chunks(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t num_layers,
-                 const int64_t *layer_indices, float *saved, int64_t saved_stride, int32_t *chosen,
+                 const int64_t *layer_indices, float *saved, int64_t saved_stride, int64_t *carried, int32_t *chosen,
                  int64_t num_threads) {
   int64_t num_tasks = num_layers * rows->num_rows, per_layer = rows->ends[rows->num_rows - 1] * rule->keep;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t task = 0; task < num_tasks; task++) {
     int64_t layer = task / rows->num_rows;
     seal_row(cache, rule, rows, layer, layer_indices[layer], task % rows->num_rows, saved + layer * saved_stride,
-             chosen + layer * per_layer);
+             carried ? carried + layer * saved_stride : 0, chosen + layer * per_layer);
   }
 }

@@ -1,0 +1,226 @@
+"""Attention skipping on the CPU backend: the paper's own mechanism, layer by layer inside a step's forward.
+
+Made by the metadata builder for a set of layers of one layout. In each layer's forward, when the step's keys and
+values are in the cache: decide for every token, let vLLM's kernel attend for those that are not skipped, and put the
+substitute in place of the rest. A skipped row that decodes reads one entry of the cache instead of all; what attends
+for it otherwise is our own kernel. In a prefill row the same decisions change the output and save nothing.
+
+What a decision needs from the past is kept by physical slot (score and debt) or block (the mean of outputs), so that
+aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a block next writes before it
+reads. A seal carries it along with the raw tokens.
+
+Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.cache_view import view_paged_cache
+from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.sealing import DueSeals
+from vllm_tokenfilter.kernels import skip
+from vllm_tokenfilter.kernels.cpu import PagedCache
+from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
+
+#: Scores the threshold is a quantile of: what is always raw, and enough of it.
+_MOST_HISTORY = 256
+
+
+def skip_rule(config: FilterConfig) -> skip.SkipRule:
+    """The kernels' rule for these settings."""
+    skipping = config.attention_skipping
+    return skip.SkipRule(
+        terms=config.anchor_terms,
+        fusion=config.fusion,
+        decay=config.anchor_decay,
+        history=min(config.recent_window, _MOST_HISTORY),
+        warmup=skipping.warmup_tokens,
+        sinks=config.sink_tokens,
+        window=skipping.skip_window,
+    )
+
+
+class SkippingLayers:
+    """The layers of one layout that skip, with what is kept of their raw tokens."""
+
+    def __init__(
+        self, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, config: FilterConfig, num_layers: int
+    ) -> None:
+        """Allocate address space for the pool; memory is used only where tokens are.
+
+        Args:
+            layer_indices: all layers of the layout; those with a ratio of 0 do not skip.
+            caches: their KV caches, as in `view_paged_cache`.
+            isa: the instruction-set name of the layers' CPU kernels.
+            config: our settings.
+            num_layers: layers of the model.
+        """
+        self.config, self.rule = config, skip_rule(config)
+        self.paged: PagedCache = view_paged_cache(caches, isa)
+        units = config.skip_units(num_layers)
+        self.units = {index: units[index] for index in layer_indices}
+        self.places = {index: place for place, index in enumerate(layer_indices)}
+        self.kept = np.zeros((len(caches), self.paged.num_blocks * self.paged.block_size), np.int64)
+        self._means: NDArray[np.float32] | None = None
+
+    def means(self, width: int) -> NDArray[np.float32]:
+        """Means of outputs, float32 [num_layers, num_blocks, width + 1]; made when the first layer needs them."""
+        if self._means is None:
+            self._means = np.zeros((len(self.places), self.paged.num_blocks, width + 1), np.float32)
+        return self._means
+
+    def follow(self, due: DueSeals, layout: Layout) -> None:
+        """Let the means of outputs follow the newest tokens of the rows that were just sealed."""
+        if self._means is None:
+            return
+        rows, size = np.arange(len(due.rows)), self.paged.block_size
+        newest = due.num_tokens - 1 - due.first_chunk * layout.removed_per_chunk
+        moved = newest - (due.last_chunk - due.first_chunk) * layout.removed_per_chunk
+        self._means[:, due.block_tables[rows, moved // size]] = self._means[:, due.block_tables[rows, newest // size]]
+
+
+@dataclass
+class SkipStep:
+    """One step of the layers of one layout.
+
+    Attributes:
+        layers: the layers.
+        rows: the step's rows, for the kernels.
+        seq_lens: int32 [num_rows], what a row attends to if it is not skipped.
+        decoding: bool [num_rows], rows of one new token.
+        warm: tokens of the step behind the warm-up.
+        metadata_for: stock metadata of the step with other `seq_lens`.
+        counters: of the group.
+    """
+
+    layers: SkippingLayers
+    rows: skip.SkipRows
+    seq_lens: NDArray[np.int32]
+    decoding: NDArray[np.bool_]
+    warm: int
+    metadata_for: Callable[[torch.Tensor], Any]
+    counters: StepCounters
+
+    @classmethod
+    def of(
+        cls,
+        layers: SkippingLayers,
+        block_tables: NDArray[np.int32],
+        num_computed: NDArray[np.int64],
+        query_lens: NDArray[np.int64],
+        shared: NDArray[np.int64],
+        layout: Layout | None,
+        metadata_for: Callable[[torch.Tensor], Any],
+        counters: StepCounters,
+    ) -> "SkipStep":
+        """Describe a step.
+
+        Args:
+            layers: the layers.
+            block_tables: int32 [num_rows, max_blocks] without marks.
+            num_computed: [num_rows], tokens before the step.
+            query_lens: [num_rows], tokens of the step.
+            shared: [num_rows], chunks taken over sealed from the prefix cache.
+            layout: where the layers' tokens lie; None if they keep every token.
+            metadata_for: see above.
+            counters: of the group.
+        """
+        if layout is None:
+            removed = raw = np.zeros_like(num_computed)
+        else:
+            removed = removed_tokens(num_computed, layout, shared)
+            raw = sealed_chunks(num_computed, layout, shared) * layout.kept_per_chunk
+        starts = np.zeros(len(query_lens) + 1, np.int64)
+        np.cumsum(query_lens, out=starts[1:])
+        slots = num_computed - removed
+        rows = skip.SkipRows(
+            block_tables=np.ascontiguousarray(block_tables),
+            starts=starts,
+            slots=slots,
+            raw=raw,
+            positions=num_computed,
+        )
+        cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
+        return cls(
+            layers,
+            rows,
+            (slots + query_lens).astype(np.int32),
+            query_lens == 1,
+            int((query_lens - cold).sum()),
+            metadata_for,
+            counters,
+        )
+
+    def forward(
+        self,
+        index: int,
+        attend: Callable[[Any], Any],
+        metadata: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Attend in one layer, into `output`.
+
+        Args:
+            index: the layer's.
+            attend: runs vLLM's kernel with the metadata it is given.
+            metadata: the step's, as vLLM's kernel takes it when nothing is skipped.
+            query: [num_tokens, num_heads, head_size], perhaps padded.
+            output: like query, or flat; written.
+            scale: of the scores.
+            softcap: of the scores; 0 for none.
+        """
+        layers, threads = self.layers, torch.get_num_threads()
+        place = layers.places[index]
+        skipped = skip.decide_skips(
+            layers.paged, layers.rule, self.rows, place, layers.units[index], layers.kept[place], threads
+        )
+        idle = (skipped[self.rows.starts[:-1]] != 0) & self.decoding
+        seq_lens = np.where(idle, np.int32(1), self.seq_lens)
+        attend(self.metadata_for(torch.from_numpy(seq_lens)) if idle.any() else metadata)
+        tokens = np.flatnonzero(skipped)
+        self._count(idle, len(tokens))
+        width = output[0].numel()
+        flat = output.view(len(output), width)
+        match layers.config.attention_skipping.substitute:
+            case "none":
+                flat[torch.from_numpy(tokens)] = 0
+            case "window" if len(tokens):
+                chosen = torch.from_numpy(tokens)
+                queries = query[chosen].float().reshape(len(tokens), -1, len(layers.paged.key_dims)).numpy()
+                near = skip.attend_window(
+                    layers.paged, layers.rule, self.rows, place, tokens, queries, scale, softcap, threads
+                )
+                flat[chosen] = torch.from_numpy(near).view(len(tokens), width).to(flat.dtype)
+            case "running_output":
+                count = len(skipped)
+                outputs = flat[:count].float().contiguous()
+                skip.average_outputs(
+                    layers.paged,
+                    layers.rule,
+                    self.rows,
+                    skipped,
+                    layers.means(width)[place],
+                    outputs.numpy(),
+                    threads,
+                )
+                chosen = torch.from_numpy(tokens)
+                flat[chosen] = outputs[chosen].to(flat.dtype)
+
+    def _count(self, idle: NDArray[np.bool_], num_skipped: int) -> None:
+        self.counters.attentions_decided += self.warm
+        self.counters.attentions_skipped += num_skipped
+        self.counters.reads_done += int(self.seq_lens[self.decoding & ~idle].sum())
+        # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
+        near = 1
+        if self.layers.config.attention_skipping.substitute == "window":
+            near += self.layers.rule.sinks + self.layers.rule.window
+        self.counters.reads_done += int(np.minimum(self.seq_lens[idle], near).sum())

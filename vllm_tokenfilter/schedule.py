@@ -1,0 +1,146 @@
+"""How one mean ratio is spread over a model's layers: pure arithmetic on layer indices.
+
+Source: docs/schedules.md. The paper (arXiv 2512.07090) prunes later layers only, which is the kind `tail` here.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from vllm_tokenfilter.errors import ConfigError
+
+ScheduleKind = Literal["uniform", "tail", "linear", "per_layer"]
+
+#: The part of the layers that `tail` prunes where nothing is said: with a third spared, half of everything stays
+#: below what a single layer can bear.
+DEFAULT_TAIL_SHARE = 2 / 3
+#: The highest ratio `linear` gives a layer by itself.
+STEEPEST = 0.9
+# What per-layer ratios may miss the mean by, so that they can be written with three decimals.
+_MEAN_TOLERANCE = 0.0015
+
+
+class Schedule(BaseModel):
+    """Which layers carry how much of a ratio; immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: ScheduleKind = Field(
+        default="uniform",
+        description=(
+            "uniform gives every filtered layer the ratio itself; tail puts all of it on the last layers; linear lets "
+            "it rise from the first layer to the last; per_layer takes the ratios of a list. But for uniform beside "
+            "dense layers, the mean over all layers is the ratio."
+        ),
+        json_schema_extra={"unit": "name"},
+    )
+    share: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="For tail: the share of the layers, counted from the last, that is pruned; 2/3 if not set.",
+        json_schema_extra={"unit": "ratio"},
+    )
+    ratios: tuple[float, ...] = Field(
+        default=(),
+        description="For per_layer: the ratio of every layer, from the first to the last.",
+        json_schema_extra={"unit": "ratios"},
+    )
+
+    @field_validator("ratios", mode="before")
+    @classmethod
+    def _accept_yaml_list(cls, value: object) -> object:
+        # YAML has lists, not tuples, and `0` is an int.
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(float(item) if type(item) is int else item for item in value)
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _accept_one(cls, value: object) -> object:
+        return float(value) if type(value) is int else value
+
+    def contradictions(self) -> list[str]:
+        """What cannot hold whatever the model, a sentence each."""
+        reasons = []
+        if self.share is not None and self.kind != "tail":
+            reasons.append(f"schedule.share={self.share:g} has no effect on kind={self.kind}; remove it or use tail.")
+        if self.ratios and self.kind != "per_layer":
+            reasons.append(f"schedule.ratios has no effect on kind={self.kind}; remove it or use per_layer.")
+        if self.kind == "per_layer" and not self.ratios:
+            reasons.append("schedule.kind=per_layer needs schedule.ratios; list the ratio of every layer.")
+        reasons += [
+            f"schedule.ratios contains {ratio:g}, which is no ratio; use 0 or more, below 1."
+            for ratio in self.ratios
+            if not 0 <= ratio < 1
+        ]
+        return reasons
+
+    def layer_ratios(self, mean: float, num_layers: int) -> tuple[float, ...]:
+        """The ratio of every layer, from the first to the last; their mean is `mean`.
+
+        Args:
+            mean: the ratio to spread, in [0, 1).
+            num_layers: layers of the model, >= 1.
+
+        Raises:
+            ConfigError: the ratio cannot be spread over so many layers; says what to do.
+        """
+        if mean == 0:
+            return (0.0,) * num_layers
+        match self.kind:
+            case "uniform":
+                return (mean,) * num_layers
+            case "tail":
+                share = self.share or DEFAULT_TAIL_SHARE
+                count = max(1, round(share * num_layers))
+                ratio = mean * num_layers / count
+                if ratio >= 1:
+                    raise ConfigError(
+                        [
+                            f"schedule.share={share:.3g} puts a ratio of {ratio:.3g} on the last {count} of "
+                            f"{num_layers} layers; use a share above {mean:g} or a lower ratio."
+                        ]
+                    )
+                return (0.0,) * (num_layers - count) + (ratio,) * count
+            case "linear":
+                last = max(min(2 * mean, STEEPEST), mean)
+                first = 2 * mean - last
+                step = (last - first) / max(1, num_layers - 1)
+                return (mean,) if num_layers == 1 else tuple(first + step * index for index in range(num_layers))
+            case "per_layer":
+                if len(self.ratios) != num_layers:
+                    raise ConfigError(
+                        [
+                            f"schedule.ratios has {len(self.ratios)} entries and the model {num_layers} layers; give "
+                            "each layer one."
+                        ]
+                    )
+                own = sum(self.ratios) / num_layers
+                if abs(own - mean) > _MEAN_TOLERANCE:
+                    raise ConfigError(
+                        [f"schedule.ratios has the mean {own:.4g}, not the ratio {mean:g}; set the ratio to {own:.4g}."]
+                    )
+                return self.ratios
+
+
+def whole_tokens(ratios: tuple[float, ...], chunk_size: int, quantum: int = 1) -> tuple[int, ...]:
+    """Tokens of a chunk that each layer removes: multiples of `quantum` that keep the ratios' mean.
+
+    Where there is one ratio besides 0, all layers get the same number, so that they share their KV-cache group.
+
+    Args:
+        ratios: of every layer, in [0, 1).
+        chunk_size: tokens of a chunk, a multiple of `quantum`.
+        quantum: what a number is a multiple of.
+    """
+    if len(set(ratios) - {0.0}) <= 1:
+        return tuple(round(ratio * chunk_size / quantum) * quantum for ratio in ratios)
+    exact = [ratio * chunk_size / quantum for ratio in ratios]
+    counts = [int(value) for value in exact]
+    missing = round(sum(exact)) - sum(counts)
+    # The largest remainders are rounded up; of equals the later layer, which bears more.
+    order = sorted(range(len(exact)), key=lambda index: (exact[index] - counts[index], index), reverse=True)
+    for index in order[:missing]:
+        counts[index] += 1
+    return tuple(count * quantum for count in counts)
