@@ -4,9 +4,11 @@
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
+from vllm_tokenfilter.metrics import METRICS
 from vllm_tokenfilter.reports import figures, plots
 from vllm_tokenfilter.reports import results as reports
 
@@ -66,6 +68,27 @@ def compatibility_page() -> str:
     )
 
 
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "-"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: every metric with type, unit, labels and meaning."""
+    rows = "\n".join(
+        f"| `{metric.name}` | {metric.kind} | {metric.unit} | {_code(metric.labels)} | {metric.help} |"
+        for metric in METRICS
+    )
+    return (
+        "# Metrics\n\n" + _NOTE + "On the server's own `/metrics`, beside vLLM's, whenever the backend is selected; "
+        "nothing is to be set. How they are collected, and what a restart does to them: "
+        "[operations.md](operations.md#metrics).\n\n"
+        "| metric | type | unit | labels | meaning |\n|---|---|---|---|---|\n" + rows + "\n\n"
+        "`layers` names a KV-cache group by its layers, such as `0-16, 20-29`; `reason` is one of those in "
+        "[compatibility.md](compatibility.md). Tokens are counted once, whatever the number of layers and of "
+        "tensor-parallel ranks; data-parallel engines are summed.\n"
+    )
+
+
 def results_page() -> str:
     """docs/results.md; see reports/results.py."""
     return reports.results_page(reports.load_results(RESULTS))
@@ -88,6 +111,7 @@ def readme() -> str:
 PAGES = {
     DOCS / "configuration.md": configuration_page,
     DOCS / "compatibility.md": compatibility_page,
+    DOCS / "metrics.md": metrics_page,
     DOCS / "results.md": results_page,
     DOCS / "quality.svg": quality_plot,
     README: readme,

@@ -1,8 +1,12 @@
 """What a worker answers to `collective_rpc("token_filtering_status")`, and the blocks it logs at start and shutdown.
 
+Statuses are merged three times: of one worker's KV-cache groups (`merge`), of one engine's workers (`merge_workers`),
+and of data-parallel engines (`merge_engines`).
+
 Source: vllm/v1/worker/worker_base.py (`init_worker`, worker extension classes).
 """
 
+from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,6 +15,9 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.layers import longest_step
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.layout import peak_slots
+
+_TOKENS = ("tokens_seen", "tokens_sealed", "tokens_pruned")
+_SUMMED_OVER_WORKERS = ("seals", "seal_seconds")
 
 
 class WorkerStatus:
@@ -22,13 +29,23 @@ class WorkerStatus:
         Returns:
             Keys backend, layers_filtered (indices), layers_dense (reason -> indices), the settings, effective_ratio,
             and the totals of `StepCounters` of a KV-cache group that holds filtered layers: each such group counts the
-            same tokens and rows. Seals and their time are summed over the groups.
+            same tokens and rows. Seals and their time are summed over the groups. `groups` has the tokens and the ratio
+            of each.
         """
+        return merge([builder.status() for builder in self._token_filtering_builders()])
+
+    def token_filtering_use(self, settings: dict[str, Any]) -> None:
+        """Filter by these settings from now on; only while no request is running (see `engine_core.py`)."""
+        config = FilterConfig.parse(settings)
+        for builder in self._token_filtering_builders():
+            builder.use(config)
+
+    def _token_filtering_builders(self) -> list[Any]:
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-        return merge([builder.status() for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)])
+        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
 
 
 def describe(
@@ -57,8 +74,52 @@ def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
         for reason, indices in status["layers_dense"].items():
             dense[reason] = sorted(dense.get(reason, []) + indices)
     merged["layers_dense"] = dense
-    for key in ("seals", "seal_seconds"):
+    for key in _SUMMED_OVER_WORKERS:
         merged[key] = sum(status[key] for status in active)
+    merged["groups"] = [
+        {
+            "layers": ranges(
+                sorted([*status["layers_filtered"], *(i for layers in status["layers_dense"].values() for i in layers)])
+            ),
+            "effective_ratio": status["effective_ratio"] if status["layers_filtered"] else 0.0,
+            **{key: status[key] for key in _TOKENS},
+        }
+        for status in statuses
+    ]
+    return merged
+
+
+def merge_workers(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """One engine's status: ranks that hold parts of the same tokens count them once, and seal each on its own."""
+    statuses = [status for status in statuses if status]
+    if not statuses:
+        return {}
+    merged = dict(next((status for status in statuses if status["layers_filtered"]), statuses[0]))
+    for key in _SUMMED_OVER_WORKERS:
+        merged[key] = sum(status[key] for status in statuses)
+    merged["layers_filtered"] = sorted({index for status in statuses for index in status["layers_filtered"]})
+    dense: dict[str, set[int]] = {}
+    for status in statuses:
+        for reason, indices in status["layers_dense"].items():
+            dense.setdefault(reason, set()).update(indices)
+    merged["layers_dense"] = {reason: sorted(indices) for reason, indices in dense.items()}
+    # Ranks of one pipeline stage have the same groups; those of another have other layers.
+    merged["groups"] = list({group["layers"]: group for status in statuses for group in status["groups"]}.values())
+    return merged
+
+
+def merge_engines(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """The status of a server: engines hold the same layers and different requests, so everything counted adds up."""
+    if not statuses:
+        return {}
+    merged = {**statuses[0], "engines": len(statuses)}
+    for key in (*_TOKENS, *_SUMMED_OVER_WORKERS, "rows_filtered"):
+        merged[key] = sum(status[key] for status in statuses)
+    merged["rows_dense"] = dict(sum((Counter(status["rows_dense"]) for status in statuses), Counter()))
+    merged["groups"] = [dict(group) for group in statuses[0]["groups"]]
+    for index, group in enumerate(merged["groups"]):
+        for key in (*_TOKENS, "blocks_held", "blocks_dense"):
+            group[key] = sum(status["groups"][index][key] for status in statuses)
     return merged
 
 
@@ -71,8 +132,8 @@ def start_block(
         f"Token Filtering is on: backend {BACKEND_NAME} over {inner}"
         if filtered
         else f"Token Filtering filters no layer: backend {BACKEND_NAME} over {inner}",
-        f"  layers filtered: {_ranges(filtered)}",
-        *(f"  layers dense: {_ranges(indices)} ({reason})" for reason, indices in dense.items()),
+        f"  layers filtered: {ranges(filtered)}",
+        *(f"  layers dense: {ranges(indices)} ({reason})" for reason, indices in dense.items()),
         f"  pruning ratio {config.pruning_ratio:g}: each sealed chunk of {config.chunk_size} tokens keeps "
         f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})",
         f"  always whole: the newest {config.recent_window} tokens; the first {config.sink_tokens} always stay; "
@@ -103,7 +164,7 @@ def totals_line(totals: dict[str, Any]) -> str:
     )
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2, 5"."""
     spans: list[list[int]] = []
     for index in indices:
