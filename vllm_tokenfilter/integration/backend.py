@@ -245,7 +245,10 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._cache is None:
             layers = list(self._filtered.values())
             self._cache = sealing.FilteredCache.over(
-                list(self._filtered), [layer.kv_cache for layer in layers], self.isa
+                list(self._filtered),
+                [layer.kv_cache for layer in layers],
+                self.isa,
+                self.vllm_config.model_config.get_total_num_kv_heads(),
             )
         started = time.perf_counter()
         sealing.seal(due, self._cache, self.config)
