@@ -148,7 +148,7 @@ def _gather_heads(cache: FilteredCache, scores: NDArray[np.float32]) -> NDArray[
     group = get_tp_group()
     num_layers, num_chunks, two, heads, size = scores.shape
     everywhere = torch.empty(group.world_size, *scores.shape)
-    torch.distributed.all_gather_into_tensor(everywhere, torch.from_numpy(scores), group=group.cpu_group)
+    torch.distributed.all_gather(list(everywhere), torch.from_numpy(scores), group=group.cpu_group)
     replicas = group.world_size * heads // cache.total_kv_heads
     distinct = everywhere[::replicas].permute(1, 2, 3, 0, 4, 5)
     return distinct.reshape(num_layers, num_chunks, two, cache.total_kv_heads, size).contiguous().numpy()
