@@ -54,8 +54,8 @@ def main(task):
     llm.collective_rpc("record_choices")
     sampling = SamplingParams(temperature=0, max_tokens=100, logprobs=2, ignore_eos=True)
     started = time.perf_counter()
-    # How prompts are cut into steps is part of the input, and requests reach an engine one by one: long prompts are sent
-    # alone, and those sent together are shorter than what is ever sealed of a prompt.
+    # How prompts are cut into steps is part of the input, and requests reach an engine one by one: long prompts are
+    # sent alone, and those sent together are shorter than what is ever sealed of a prompt.
     answers = [llm.generate([prompt], sampling, use_tqdm=False)[0] for prompt in prompts([700, 300, 1100, 140])]
     choices = llm.collective_rpc("choices")
     answers += llm.generate(prompts([120, 30, 90, 60, 110, 75, 45, 100]), sampling, use_tqdm=False)

@@ -103,28 +103,15 @@ def test_two_workers_that_ray_placed_choose_and_write_like_one(tmp_path, tiny_mo
     alone = ["unshare", "--net", "--map-root-user"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("a network namespace is needed, so that Ray is not reachable from outside")
-    script = f"""
-import subprocess, sys
-subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-import ray
-context = ray.init(num_gpus=2, num_cpus=4, include_dashboard=False, _temp_dir={str(tmp_path / "r")!r})
-import os
-os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
-from tests.scaling.scaled import main
-import json
-try:
-    main(json.loads(sys.argv[1]))
-finally:
-    ray.shutdown()
-"""
     out = tmp_path / "out.json"
     arguments = {"model": tiny_model, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     done = subprocess.run(
-        [*alone, sys.executable, "-c", script, json.dumps({"llm": arguments, "out": str(out)})],
+        [*alone, sys.executable, "-m", "tests.scaling.on_ray", json.dumps({"llm": arguments, "out": str(out)})],
         env={
             **os.environ,
             **TWO_CORES,
             "PYTHONPATH": os.pathsep.join([str(RAY_PLATFORM), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
+            "VLLM_HOST_IP": "127.0.0.1",
             "RAY_USAGE_STATS_ENABLED": "0",
             # A cluster of this test's own, with a token of its own.
             "RAY_AUTH_MODE": "token",
