@@ -28,3 +28,7 @@ def prose():
     root = pathlib.Path(__file__).parent.parent
     documents = [inspect.getsource(textwrap), inspect.getdoc(argparse) or "", inspect.getsource(pathlib)]
     return (root / "LICENSE").read_text() + "\n\n" + (root / "README.md").read_text() + "\n".join(documents)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--scaling-json", help="where tests/scaling writes what it measured")

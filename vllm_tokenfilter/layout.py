@@ -99,4 +99,6 @@ def peak_slots(num_tokens: int, max_step_tokens: int, layout: Layout) -> int:
 
 def shares_prefixes(layout: Layout, block_size: int) -> bool:
     """Whether a chunk, and the tokens it keeps, fill whole blocks: then sealed blocks can be shared by prefix."""
-    return layout.kept_per_chunk % block_size == 0 and layout.chunk_size % block_size == 0
+    whole = layout.kept_per_chunk % block_size == 0 and layout.chunk_size % block_size == 0
+    # Where nothing is removed nothing is sealed.
+    return whole and layout.removed_per_chunk > 0

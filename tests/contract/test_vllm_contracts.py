@@ -186,3 +186,48 @@ def test_block_0_is_the_null_block_that_marks_a_hit():
     pool = BlockPool(4, enable_caching=True, hash_block_size=32)
     assert pool.null_block.block_id == 0 and pool.null_block.is_null
     assert parameters(BlockPool.get_cached_block) == ["self", "block_hash", "kv_cache_group_ids"]
+
+
+def test_the_engine_core_can_be_drained_and_given_another_ratio():
+    from vllm.v1.core import kv_cache_coordinator
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreRequestType
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    ours = "integration/engine_core.py drains an engine with it"
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "request_queue = self.kv_holding_waiting" in schedule and "PauseState.UNPAUSED" in schedule, ours
+    assert "len(self.kv_holding_waiting)" in inspect.getsource(Scheduler.get_num_unfinished_requests), ours
+    assert "_idle_state_callbacks.pop()" in inspect.getsource(EngineCoreProc._notify_idle_state_callbacks), ours
+    assert "isinstance(result, Future)" in inspect.getsource(EngineCoreProc._invoke_utility_method), ours
+    assert EngineCoreRequestType.WAKEUP and parameters(Scheduler.set_pause_state) == ["self", "pause_state"], ours
+    assert parameters(EngineCore.collective_rpc)[1:4] == ["method", "timeout", "args"], ours
+    assert hasattr(kv_cache_coordinator.HybridKVCacheCoordinator, "verify_and_split_kv_cache_groups"), ours
+    assert "self.kv_cache_spec," in inspect.getsource(kv_cache_coordinator.UnitaryKVCacheCoordinator), ours
+    assert parameters(AsyncMPClient._call_utility_async) == ["self", "method", "args", "engine"], (
+        "integration/endpoints.py asks one engine of several with it"
+    )
+    assert not any(hasattr(EngineCore, name) for name in ("extension", "extension_cls")), (
+        "integration/workarounds.py: extend_engine_core may not be needed any more"
+    )
+
+
+def test_endpoint_plugins_are_loaded_by_name_and_requests_are_checked_where_we_look():
+    from vllm import plugins
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from vllm_tokenfilter.integration import endpoints
+
+    assert plugins.ENDPOINT_PLUGINS_GROUP == "vllm.endpoint_plugins"
+    assert "envs.VLLM_PLUGINS is None" in inspect.getsource(plugins.load_endpoint_plugins), (
+        "integration/workarounds.py: name_metrics_plugin"
+    )
+    assert isinstance(endpoints.MetricsEndpoint(), EndpointPlugin)
+    assert isinstance(endpoints.HttpEndpoint(), EndpointPlugin)
+    assert parameters(AuthenticationMiddleware.verify_token) == ["self", "headers"], "integration/endpoints.py"
+    assert "self._validate_params(params" in inspect.getsource(InputProcessor.process_inputs), (
+        "integration/workarounds.py: refuse_opting_out"
+    )

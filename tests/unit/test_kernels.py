@@ -1,5 +1,8 @@
 """The CPU sealing kernel against the readable reference, on caches whose element order is made up by the test."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -243,3 +246,65 @@ def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
     assert torch.equal(storage.view(-1)[key_places], keys[0][:, stay])
     assert torch.equal(storage.view(-1)[value_places], values[0][:, stay])
     assert (chosen == -1).all()
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype, heads, replicas", [(torch.float32, 4, 1), (torch.bfloat16, 2, 2)])
+def test_ranks_that_share_the_heads_choose_and_move_like_one(dtype, heads, replicas, name):
+    layout = Layout(32, 16, 32, 4, 32)
+    config = settings(layout, **RULES[name])
+    rule = cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
+    lengths = [64, 32 + 4 * 32 + 9]
+    # Row, tokens, first and last due chunk; the second row seals twice, so that saved scores are used too.
+    steps = [(0, 64, 0, 1), (1, 100, 0, 2), (1, lengths[1], 2, 4)]
+    tables = np.arange(12).reshape(2, 6).astype(np.int32)
+    rows = [prose(2, heads, length, 64, dtype, seed) for seed, length in enumerate(lengths)]
+    num_ranks = heads * replicas
+
+    def cache_of(first_head, num_heads):
+        storage, cache = make_cache(dtype, 2, 13, num_heads, 32, 64, False)
+        for row, (keys, values) in enumerate(rows):
+            for layer in range(2):
+                key_places, value_places = places(cache, layer, tables[row], lengths[row])
+                part = slice(first_head, first_head + num_heads)
+                storage.view(-1)[key_places] = keys[layer, part]
+                storage.view(-1)[value_places] = values[layer, part]
+        return storage, cache, np.zeros((2, 13 * 32), np.float32)
+
+    def seal(cache, saved, gather):
+        return [
+            cpu.seal_chunks(
+                cache,
+                saved,
+                tables[row : row + 1],
+                *(np.array([number]) for number in (num_tokens, first, last, 0)),
+                layout,
+                rule,
+                np.arange(2),
+                1,
+                gather,
+            )
+            for row, num_tokens, first, last in steps
+        ]
+
+    whole, whole_cache, whole_saved = cache_of(0, heads)
+    expected = seal(whole_cache, whole_saved, None)
+    barrier, exchanged = threading.Barrier(num_ranks), [None] * num_ranks
+
+    def run(rank):
+        def gather(own):
+            exchanged[rank] = own
+            barrier.wait(30)
+            everyones = np.concatenate(exchanged[::replicas], 3)
+            barrier.wait(30)
+            return everyones
+
+        storage, cache, saved = cache_of(rank // replicas, 1)
+        return storage, seal(cache, saved, gather), saved
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        ranks = list(pool.map(run, range(num_ranks)))
+    for rank, (storage, chosen, saved) in enumerate(ranks):
+        assert all((own == all_heads).all() for own, all_heads in zip(chosen, expected, strict=True))
+        assert np.array_equal(saved, whole_saved)
+        assert torch.equal(storage[:, :, 0], whole[:, :, rank // replicas])

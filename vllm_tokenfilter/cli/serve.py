@@ -14,6 +14,9 @@ from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.models import MODEL_NAME, default_model_path
 
+#: The endpoint plugin that serves /token_filtering, by its entry point's name.
+HTTP_PLUGIN = "token_filtering_http"
+
 #: What the embedded model is served with where neither the flags nor the file say otherwise.
 EMBEDDED_DEFAULTS = {
     "host": "127.0.0.1",
@@ -41,9 +44,13 @@ def run(flags: list[str], config_file: str | None, pruning_ratio: float | None) 
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_tokenfilter.integration import plugin
+    from vllm_tokenfilter.integration import plugin, workarounds
 
     plugin.register()
+    # This command is the consent that vLLM asks for before a plugin may add routes.
+    workarounds.name_metrics_plugin()
+    if "VLLM_PLUGINS" in os.environ:
+        os.environ["VLLM_PLUGINS"] += f",{HTTP_PLUGIN}"
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="vllm-tokenfilter")
     command.subparser_init(parser.add_subparsers(required=True))

@@ -215,7 +215,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             self.parts[0].layout
             if isinstance(self.kv_cache_spec, FilteredAttentionSpec)
             and self.vllm_config.cache_config.enable_prefix_caching
-            and shares_prefixes(self.kv_cache_spec.layout, self.block_size)
+            and self.parts[0].layout is not None
+            and shares_prefixes(self.parts[0].layout, self.block_size)
             else None
         )
         if self._filtered or skipping:
@@ -367,7 +368,12 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             assert part.layout is not None
             if part.cache is None:
                 layers = list(part.layers.values())
-                part.cache = sealing.FilteredCache.over(list(part.layers), [x.kv_cache for x in layers], self.isa)
+                part.cache = sealing.FilteredCache.over(
+                    list(part.layers),
+                    [layer.kv_cache for layer in layers],
+                    self.isa,
+                    self.vllm_config.model_config.get_total_num_kv_heads(),
+                )
             started = time.perf_counter()
             carried = None if part.skipping is None else part.skipping.kept
             sealing.seal(due, part.cache, part.layout, self.config, carried)

@@ -114,12 +114,24 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self._layout = self.kv_cache_spec.layout
-        self._shares = self.enable_caching and shares_prefixes(self._layout, self.block_size)
+        self.use(self.kv_cache_spec)
         # What the step that is being scheduled needs, between the question for its size and the allocation.
         self._blocks_needed: dict[str, int] = {}
         self._shared_chunks: dict[str, int] = {}
         self._requests: dict[str, Request] = {}
+        # Tokens of each request once its last scheduled step is done, for `block_usage`.
+        self._num_tokens: dict[str, int] = {}
+
+    def use(self, kv_cache_spec: FilteredAttentionSpec) -> None:
+        """Give blocks by this spec's layout from now on; only while no request holds blocks and nothing is cached."""
+        self.kv_cache_spec, self._layout = kv_cache_spec, kv_cache_spec.layout
+        self._shares = self.enable_caching and shares_prefixes(self._layout, self.block_size)
+
+    def block_usage(self) -> tuple[int, int]:
+        """Blocks that requests hold, and that they would hold if nothing were filtered; shared ones for each."""
+        names = [name for name, blocks in self.req_to_blocks.items() if blocks]
+        held = sum(self._num_held(name) for name in names)
+        return held, sum(cdiv(self._num_tokens[name], self.block_size) for name in names)
 
     def get_num_blocks_to_allocate(
         self,
@@ -144,6 +156,7 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
             stored = stored_tokens(total_computed_tokens, self._layout, shared)
             needed = cdiv(stored + num_tokens - total_computed_tokens, self.block_size)
             self._blocks_needed[request_id] = needed
+            self._num_tokens[request_id] = num_tokens
         missing = needed - self._num_held(request_id) - len(taken_over)
         return max(missing, 0) + self._get_num_evictable_blocks(taken_over)
 
@@ -186,6 +199,7 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
             self._cache_sealed(request)
         self._shared_chunks.pop(request_id, None)
         self._blocks_needed.pop(request_id, None)
+        self._num_tokens.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod

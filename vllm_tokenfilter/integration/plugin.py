@@ -13,6 +13,7 @@ def register() -> None:
 
         registration.register_names()
         workarounds.check_engine_configs()
+        workarounds.extend_engine_core()
     except Exception:
         # vLLM must start without us; a deployment that selects the backend then hears "unknown backend".
         logging.getLogger("vllm.tokenfilter").exception("Token Filtering could not register and is not available.")

@@ -247,6 +247,26 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "attention_skipping.ratio",
+        "decides from all KV heads, and tensor parallelism splits them over ranks",
+        "use tensor_parallel_size=1, or 0 here",
+        lambda vllm_config, config: (
+            config.attention_skipping.ratio
+            if config.attention_skipping.ratio > 0 and vllm_config.parallel_config.tensor_parallel_size > 1
+            else None
+        ),
+    ),
+    Refusal(
+        "attention_skipping.ratio",
+        "is built for the CPU backend in this version",
+        "use 0 here; KV filtering works on this device",
+        lambda vllm_config, config: (
+            config.attention_skipping.ratio
+            if config.attention_skipping.ratio > 0 and not current_platform.is_cpu()
+            else None
+        ),
+    ),
+    Refusal(
         "dense_layers",
         "names layers the model does not have",
         "use indices below the model's number of layers",

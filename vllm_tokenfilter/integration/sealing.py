@@ -3,14 +3,23 @@
 The list of due seals is the previous step's metadata and nothing else, so aborts, preemption and reuse of blocks need
 no bookkeeping: sealing blocks that were just freed is harmless, because whoever gets them next writes after it.
 No maths here: arithmetic is in layout.py, scoring and moving in kernels/.
+
+Tensor parallelism splits the KV heads over ranks, and a token's redundancy is a mean over all of them. So each rank
+scores its heads, all get every head's scores (one small all-gather per seal and group), and each chooses from the same
+numbers in the same order: the choice is the same bits as without tensor parallelism.
+
+Source: vllm/distributed/parallel_state.py (`get_tp_group`), vllm/model_executor/models/llama.py (KV heads that are
+fewer than ranks are repeated on neighbouring ranks).
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.distributed import get_tp_group
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.cache_view import view_paged_cache
@@ -66,17 +75,22 @@ class FilteredCache:
         paged: where their elements lie.
         saved_redundancy: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for
             the pool, memory only where a chunk waits to be sealed.
+        total_kv_heads: KV heads of the model, over all tensor-parallel ranks.
     """
 
     layer_indices: list[int]
     paged: cpu.PagedCache
     saved_redundancy: NDArray[np.float32]
+    total_kv_heads: int
 
     @classmethod
-    def over(cls, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str) -> "FilteredCache":
+    def over(
+        cls, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, total_kv_heads: int
+    ) -> "FilteredCache":
         """View the layers' caches; see `view_paged_cache`."""
         paged = view_paged_cache(caches, isa)
-        return cls(layer_indices, paged, np.zeros((len(caches), paged.num_blocks * paged.block_size), np.float32))
+        saved = np.zeros((len(caches), paged.num_blocks * paged.block_size), np.float32)
+        return cls(layer_indices, paged, saved, total_kv_heads)
 
 
 def due_seals(
@@ -138,6 +152,18 @@ def seal(
         cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed),
         np.array(cache.layer_indices, np.int64),
         torch.get_num_threads(),
+        None if cache.paged.num_kv_heads == cache.total_kv_heads else functools.partial(_gather_heads, cache),
         carried,
     )
     return SealedChunks(cache.layer_indices, kept)
+
+
+def _gather_heads(cache: FilteredCache, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every head's scores, in the model's order, from this rank's [num_layers, num_chunks, 2, num_kv_heads, C]."""
+    group = get_tp_group()
+    num_layers, num_chunks, two, heads, size = scores.shape
+    everywhere = torch.empty(group.world_size, *scores.shape)
+    torch.distributed.all_gather(list(everywhere), torch.from_numpy(scores), group=group.cpu_group)
+    replicas = group.world_size * heads // cache.total_kv_heads
+    distinct = everywhere[::replicas].permute(1, 2, 3, 0, 4, 5)
+    return distinct.reshape(num_layers, num_chunks, two, cache.total_kv_heads, size).contiguous().numpy()

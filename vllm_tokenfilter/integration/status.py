@@ -1,8 +1,12 @@
 """What a worker answers to `collective_rpc("token_filtering_status")`, and the blocks it logs at start and shutdown.
 
+Statuses are merged three times: of one worker's KV-cache groups (`merge`), of one engine's workers (`merge_workers`),
+and of data-parallel engines (`merge_engines`).
+
 Source: vllm/v1/worker/worker_base.py (`init_worker`, worker extension classes).
 """
 
+from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -11,6 +15,10 @@ from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
 from vllm_tokenfilter.integration.layers import longest_step, num_layers
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.layout import peak_slots
+
+_TOKENS = ("tokens_seen", "tokens_sealed", "tokens_pruned")
+_SUMMED_OVER_WORKERS = ("seals", "seal_seconds")
+_SUMMED_OVER_GROUPS = ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done")
 
 
 class WorkerStatus:
@@ -24,13 +32,22 @@ class WorkerStatus:
             layers_unskipped (reason -> indices), layer_table (see `layer_table`), the settings, effective_ratio, and
             the totals of `StepCounters`: tokens and rows of a KV-cache group that holds filtered layers, since each
             such group sees the same ones; what was sealed and pruned as a mean over the filtered layers; seals, skipped
-            attentions and cache entries summed over the groups.
+            attentions and cache entries summed over the groups. `groups` has the tokens and the ratio of each.
         """
+        return merge([builder.status() for builder in self._token_filtering_builders()])
+
+    def token_filtering_use(self, settings: dict[str, Any]) -> None:
+        """Filter by these settings from now on; only while no request is running (see `engine_core.py`)."""
+        config = FilterConfig.parse(settings)
+        for builder in self._token_filtering_builders():
+            builder.use(config)
+
+    def _token_filtering_builders(self) -> list[Any]:
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
 
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-        return merge([builder.status() for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)])
+        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
 
 
 def describe(
@@ -43,6 +60,8 @@ def describe(
     totals: dict[str, Any],
 ) -> dict[str, Any]:
     """One group's status as plain types."""
+    layouts = config.layouts(num_layers)
+    own = [layout.effective_ratio for index in filtered if (layout := layouts[index]) is not None]
     return {
         "backend": BACKEND_NAME,
         "layers_filtered": filtered,
@@ -52,6 +71,7 @@ def describe(
         "layer_table": layer_table(config, num_layers),
         **config.model_dump(mode="json"),
         "effective_ratio": effective_ratio(config, num_layers),
+        "group_ratio": sum(own) / len(own) if own else 0.0,
         **totals,
     }
 
@@ -76,7 +96,7 @@ def layer_table(config: FilterConfig, num_layers: int) -> list[dict[str, Any]]:
     rows = [(run, key) for key, runs in alike.items() for run in runs]
     return [
         {
-            "layers": _ranges(run),
+            "layers": ranges(run),
             "kept_per_chunk": kept,
             "kv_ratio": 1 - kept / config.chunk_size,
             "skip_ratio": skipped / SKIP_UNITS,
@@ -105,14 +125,58 @@ def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
             for reason, indices in status[key].items():
                 reasons[reason] = sorted(reasons.get(reason, []) + indices)
         merged[key] = reasons
-    for key in ("seals", "seal_seconds"):
+    for key in _SUMMED_OVER_WORKERS:
         merged[key] = sum(status[key] for status in active)
-    for key in ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done"):
+    for key in _SUMMED_OVER_GROUPS:
         merged[key] = sum(status[key] for status in statuses)
     for key in ("tokens_sealed", "tokens_pruned"):
         weights = [max(1, len(status["layers_filtered"])) for status in active]
         total = sum(status[key] * weight for status, weight in zip(active, weights, strict=True))
         merged[key] = round(total / sum(weights))
+    merged["groups"] = [
+        {
+            "layers": ranges(
+                sorted([*status["layers_filtered"], *(i for layers in status["layers_dense"].values() for i in layers)])
+            ),
+            "effective_ratio": status["group_ratio"],
+            **{key: status[key] for key in _TOKENS},
+        }
+        for status in statuses
+    ]
+    return merged
+
+
+def merge_workers(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """One engine's status: ranks that hold parts of the same tokens count them once, and seal each on its own."""
+    statuses = [status for status in statuses if status]
+    if not statuses:
+        return {}
+    merged = dict(next((status for status in statuses if status["layers_filtered"]), statuses[0]))
+    for key in _SUMMED_OVER_WORKERS:
+        merged[key] = sum(status[key] for status in statuses)
+    merged["layers_filtered"] = sorted({index for status in statuses for index in status["layers_filtered"]})
+    dense: dict[str, set[int]] = {}
+    for status in statuses:
+        for reason, indices in status["layers_dense"].items():
+            dense.setdefault(reason, set()).update(indices)
+    merged["layers_dense"] = {reason: sorted(indices) for reason, indices in dense.items()}
+    # Ranks of one pipeline stage have the same groups; those of another have other layers.
+    merged["groups"] = list({group["layers"]: group for status in statuses for group in status["groups"]}.values())
+    return merged
+
+
+def merge_engines(statuses: list[dict[str, Any]]) -> dict[str, Any]:
+    """The status of a server: engines hold the same layers and different requests, so everything counted adds up."""
+    if not statuses:
+        return {}
+    merged = {**statuses[0], "engines": len(statuses)}
+    for key in (*_TOKENS, *_SUMMED_OVER_WORKERS, *_SUMMED_OVER_GROUPS, "rows_filtered"):
+        merged[key] = sum(status[key] for status in statuses)
+    merged["rows_dense"] = dict(sum((Counter(status["rows_dense"]) for status in statuses), Counter()))
+    merged["groups"] = [dict(group) for group in statuses[0]["groups"]]
+    for index, group in enumerate(merged["groups"]):
+        for key in (*_TOKENS, "blocks_held", "blocks_dense"):
+            group[key] = sum(status["groups"][index][key] for status in statuses)
     return merged
 
 
@@ -132,8 +196,8 @@ def start_block(
         f"Token Filtering is on: backend {BACKEND_NAME} over {inner}"
         if filtered or skipping
         else f"Token Filtering filters no layer: backend {BACKEND_NAME} over {inner}",
-        f"  layers filtered: {_ranges(filtered)}",
-        *(f"  layers dense: {_ranges(indices)} ({reason})" for reason, indices in dense.items()),
+        f"  layers filtered: {ranges(filtered)}",
+        *(f"  layers dense: {ranges(indices)} ({reason})" for reason, indices in dense.items()),
         f"  pruning ratio {config.pruning_ratio:g}: each sealed chunk of {config.chunk_size} tokens keeps "
         f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})"
         if config.schedule.kind == "uniform"
@@ -157,9 +221,9 @@ def start_block(
     if options.ratio > 0:
         near = f", sinks and the last {options.skip_window} tokens" if options.substitute == "window" else ""
         lines += [
-            f"  attention skipping: {options.ratio:g} as a mean over {layers} layers, in layers {_ranges(skipping)}; "
+            f"  attention skipping: {options.ratio:g} as a mean over {layers} layers, in layers {ranges(skipping)}; "
             f"substitute {options.substitute}{near}; the first {options.warmup_tokens} tokens never skip",
-            *(f"  layers that cannot skip: {_ranges(indices)} ({reason})" for reason, indices in unskipped.items()),
+            *(f"  layers that cannot skip: {ranges(indices)} ({reason})" for reason, indices in unskipped.items()),
         ]
     if filtered:
         length = vllm_config.model_config.max_model_len
@@ -190,7 +254,7 @@ def totals_line(totals: dict[str, Any]) -> str:
     )
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2, 5"."""
     spans: list[list[int]] = []
     for index in indices:

@@ -1,13 +1,18 @@
 """Where vLLM 0.32 has no hook: each patch with its symptom, its cause, why twice is safe, and when to delete it.
 
-Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`).
+Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`), vllm/v1/engine/core.py (`EngineCore`),
+vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py.
 """
 
 import functools
+import importlib.metadata
+import os
+import sys
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -24,6 +29,8 @@ CPU_BLOCK_SIZE = 32
 GPU_BLOCK_SIZE = 16
 #: Measured: benchmarks/capacity.py and benchmarks/attention_speed.py.
 PREFILL_STEP_TOKENS = 512
+#: The endpoint plugin that exports metrics, by its entry point's name.
+METRICS_PLUGIN = "token_filtering_metrics"
 _MARK = "_token_filtering_checks"
 
 
@@ -46,6 +53,9 @@ def check_engine_configs() -> None:
         if not _select(self):
             return original(self, *args, **kwargs)
         _prepare(self)
+        extend_engine_core()
+        refuse_opting_out()
+        name_metrics_plugin()
         vllm_config = original(self, *args, **kwargs)
         config = refusals.require_supported(vllm_config)
         if config.pruning_ratio > 0:
@@ -54,6 +64,82 @@ def check_engine_configs() -> None:
 
     setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def extend_engine_core() -> None:
+    """Give vLLM's engine core our utility methods, in each process that runs one.
+
+    Symptom: nobody can ask the scheduler how many blocks filtered layers hold, or give it another ratio.
+    Cause: vLLM 0.32 lets plugins add methods to workers (`worker_extension_cls`), but not to the engine core.
+    Twice is safe: the methods are set to the same functions. Inert: nothing of vLLM's is replaced, nothing calls them.
+    Delete when: vLLM takes an extension of its engine core.
+    """
+    # A spawned engine core has the module before it loads plugins; importing it anywhere else would cost a second.
+    if "vllm.v1.engine.core" in sys.modules or "vllm.v1.engine.core_client" in sys.modules:
+        from vllm_tokenfilter.integration import engine_core
+
+        engine_core.extend_engine_core()
+
+
+def refuse_opting_out() -> None:
+    """Answer a request that wants a ratio of its own with a refusal.
+
+    Symptom: `vllm_xargs: {"token_filtering": 0}` would be ignored in silence.
+    Cause: vLLM 0.32 lets plugins look at a request's parameters only as logits processors, which then take part in
+    every step.
+    Twice is safe: the wrapper is marked. Inert: a request without the key goes straight through.
+    Delete when: vLLM gives plugins a hook on a request's parameters.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor._validate_params
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def _validate_params(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
+        extra = getattr(params, "extra_args", None)
+        if extra and CONFIG_KEY in extra and registration.is_ours(self.vllm_config.attention_config.backend):
+            raise VLLMValidationError(
+                f"vllm_xargs.{CONFIG_KEY}={extra[CONFIG_KEY]!r} asks for a filter of this request's own, and all "
+                "requests of a server share one layout of the KV cache; leave it out, use a server with another "
+                "pruning_ratio, or change the ratio of this one with POST /token_filtering.",
+                parameter=f"vllm_xargs.{CONFIG_KEY}",
+            )
+        return original(self, params, *args, **kwargs)
+
+    setattr(_validate_params, _MARK, True)
+    InputProcessor._validate_params = _validate_params  # type: ignore[method-assign]
+
+
+def name_metrics_plugin() -> None:
+    """Have our endpoint plugin for metrics loaded wherever the backend is selected.
+
+    Symptom: a plain `vllm serve` has none of our metrics.
+    Cause: vLLM 0.32 loads an endpoint plugin only if VLLM_PLUGINS names it, because it may add routes; this one adds
+    none. No other plugin that a server loads by itself can ask the engines anything.
+    Twice is safe: a name is added once. Inert: all plugins that would have been loaded are named too, and if naming one
+    would load routes of another package, nothing is done and the log says so.
+    Delete when: vLLM offers plugins without routes a way to the engines.
+    """
+    named = os.environ.get("VLLM_PLUGINS")
+    if named is not None:
+        names = named.split(",")
+    else:
+        found = importlib.metadata.entry_points()
+        endpoints = {entry.name for entry in found.select(group="vllm.endpoint_plugins")}
+        groups = sorted(group for group in found.groups if group.startswith("vllm.") and "endpoint" not in group)
+        names = list(dict.fromkeys(entry.name for group in groups for entry in found.select(group=group)))
+        if clash := sorted(endpoints & set(names)):
+            logger.warning(
+                "Token Filtering: there are no metrics, because naming %s in VLLM_PLUGINS for them would also load "
+                "routes of that name; set VLLM_PLUGINS to the plugins you want and %s.",
+                ", ".join(clash),
+                METRICS_PLUGIN,
+            )
+            return
+    if METRICS_PLUGIN not in names:
+        os.environ["VLLM_PLUGINS"] = ",".join([*names, METRICS_PLUGIN])
 
 
 def _select(args: EngineArgs) -> bool:
@@ -94,8 +180,8 @@ def _prepare(args: EngineArgs) -> None:
         args.worker_extension_cls = WORKER_EXTENSION
     elif args.worker_extension_cls != WORKER_EXTENSION:
         logger.warning(
-            "Token Filtering: worker_extension_cls=%s is set, so collective_rpc('token_filtering_status') is not "
-            "available; counters are still logged at shutdown.",
+            "Token Filtering: worker_extension_cls=%s is set, so there is no collective_rpc('token_filtering_status'), "
+            "no metric and no /token_filtering; counters are still logged at shutdown.",
             args.worker_extension_cls,
         )
 

@@ -9,6 +9,7 @@ Source: docs/algorithm.md (redundancy), docs/layout.md (slots).
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ SELECTOR_CODES = {
     "lagkv": LAGKV,
     "recency": RECENCY,
 }
+# What a call of the kernel does.
+WHOLE, SCORE, SEAL = range(3)
 # What a rival leaves in place of key and value similarity, and how that becomes one number.
 _RIVAL_FUSION = {KEYDIFF: KEY, KEY_NORM: KEY, VALUE_KEY_NORM: KEY, LAGKV: MEAN}
 
@@ -130,6 +133,7 @@ def seal_chunks(
     rule: ScoreRule,
     layer_indices: NDArray[np.int64],
     num_threads: int,
+    gather_heads: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None,
     carried: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int32]:
     """Seal the due chunks of a step in every layer; the cache and `saved_redundancy` change in place.
@@ -147,6 +151,8 @@ def seal_chunks(
         rule: how tokens are ranked.
         layer_indices: int64 [num_layers], the layers' indices in the model.
         num_threads: threads of PyTorch's pool to run on.
+        gather_heads: where KV heads are split over ranks, makes the scores of all heads from this rank's: float32
+            [num_layers, num_scored_chunks, 2, num_kv_heads, chunk_size], keys' scores first. None for one rank.
         carried: int64 [num_layers, num_blocks * block_size] by physical slot, moved along with raw tokens; None if
             nothing is kept of them.
 
@@ -159,7 +165,7 @@ def seal_chunks(
     selector = SELECTOR_CODES[rule.selector]
     ends = np.cumsum(last_chunks - first_chunks)
     chosen = np.empty((len(cache.layer_starts), int(ends[-1]), layout.kept_per_chunk), np.int32)
-    load_kernel().seal_chunks(
+    arguments: tuple[Any, ...] = (
         ctypes.byref(cache.struct),
         ctypes.byref(
             _Rule(
@@ -190,6 +196,17 @@ def seal_chunks(
         pointer(chosen, np.int32),
         ctypes.c_int64(num_threads),
     )
+    kernel = load_kernel().seal_chunks
+    # Rivals that look at no key or value choose alike on every rank.
+    if gather_heads is None or selector in (RANDOM, RECENCY):
+        kernel(*arguments, ctypes.c_int64(WHOLE), None, ctypes.c_int64(cache.num_kv_heads))
+        return chosen
+    num_chunks = int(ends[-1]) + len(block_tables)
+    shape = (len(cache.layer_starts), num_chunks, 2, cache.num_kv_heads, layout.chunk_size)
+    own = np.zeros(shape, np.float32)
+    kernel(*arguments, ctypes.c_int64(SCORE), pointer(own, np.float32), ctypes.c_int64(own.shape[3]))
+    scores = gather_heads(own)
+    kernel(*arguments, ctypes.c_int64(SEAL), pointer(scores, np.float32), ctypes.c_int64(scores.shape[3]))
     return chosen
 
 

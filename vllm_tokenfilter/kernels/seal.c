@@ -24,6 +24,16 @@ struct rows {
   const int64_t *num_tokens, *first, *last, *own, *ends;
 };
 
+/* What a call does. With KV heads split over ranks the scores of all heads come between SCORE and SEAL. */
+enum { WHOLE, SCORE, SEAL };
+
+/* The heads' scores of every chunk that a call scores, [num_chunks, 2 (key, value), heads, C]; a row's chunks are its
+   due ones and the one behind them. */
+struct scores {
+  float *values;
+  int64_t heads, phase;
+};
+
 struct ranked {
   float redundancy;
   int32_t offset;
@@ -180,7 +190,8 @@ static void carry(int64_t *carried, const int32_t *blocks, int64_t block_size, i
 }
 
 static void seal_row(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t layer,
-                     int64_t layer_index, int64_t row, float *saved, int64_t *carried, int32_t *chosen) {
+                     int64_t layer_index, int64_t row, float *saved, int64_t *carried, int32_t *chosen,
+                     struct scores scores) {
   int64_t size = rule->size, keep = rule->keep, dims = cache->dims, heads = cache->heads;
   int64_t first = rows->first[row], last = rows->last[row], num_tokens = rows->num_tokens[row];
   int64_t start = cache->layer_starts[layer], block_size = cache->block_size;
@@ -188,7 +199,8 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
   /* Before the seal the raw token at position p lies in slot p - removed; after it, in p - removed_after. */
   int64_t removed = first * (size - keep), removed_after = last * (size - keep);
   chosen += (rows->ends[row] - (last - first)) * keep;
-  carry(carried, blocks, block_size, last * keep, num_tokens - removed_after, removed_after - removed);
+  if (scores.phase != SCORE)
+    carry(carried, blocks, block_size, last * keep, num_tokens - removed_after, removed_after - removed);
 
   if (rule->selector == RECENCY) {
     /* Nothing is scored: the oldest tokens behind the sinks leave, all others move up. */
@@ -204,14 +216,17 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
         LagKV's score needs the chunk that follows, so there nothing is known from before and the last of them stays
         unknown. */
   int64_t count = last - first + 1, unscored = first > rows->own[row] && rule->selector != LAGKV;
+  int64_t score_heads = scores.phase == WHOLE ? heads : scores.heads, stride = 2 * score_heads * size;
+  float *own_scores = scores.phase == WHOLE ? floats(count * stride) : 0;
+  float *key_scores = own_scores ? own_scores : scores.values + (rows->ends[row] - (last - first) + row) * stride;
+  float *value_scores = key_scores + score_heads * size;
   float *redundancy = floats(count * size), *tiles = floats(4 * size * dims), *scratch = floats(3 * dims);
-  float *key_scores = floats(count * heads * size), *value_scores = floats(count * heads * size);
   if (unscored)
     for (int64_t i = 0; i < size; i++) {
       int64_t slot = first * size + i - removed;
       redundancy[i] = saved[blocks[slot / block_size] * block_size + slot % block_size];
     }
-  for (int64_t head = 0; head < heads && rule->selector != RANDOM; head++)
+  for (int64_t head = 0; head < heads && rule->selector != RANDOM && scores.phase != SEAL; head++)
     for (int64_t c = 0; c < count; c++) {
       float *keys = tiles + (c & 1) * size * dims, *values = tiles + (2 + (c & 1)) * size * dims;
       for (int64_t i = 0; i < size; i++) {
@@ -220,17 +235,16 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
         widen(cache, base + cache->value_tokens[slot % block_size], cache->value_dims, values + i * dims);
       }
       if (rule->selector == KEYDIFF) normalise(keys, size, dims);
-      int64_t place = (c * heads + head) * size;
-      if (c >= unscored)
-        score_head(rule, dims, c, tiles, scratch, key_scores + place, value_scores + place, heads * size);
+      int64_t place = c * stride + head * size;
+      if (c >= unscored) score_head(rule, dims, c, tiles, scratch, key_scores + place, value_scores + place, stride);
     }
+  if (scores.phase == SCORE) goto done;
   for (int64_t c = unscored; c < count; c++)
     if (rule->selector == RANDOM)
       for (int64_t i = 0; i < size; i++)
         redundancy[c * size + i] = random_score((first + c) * size + i, layer_index, rule->seed);
     else
-      fuse(key_scores + c * heads * size, value_scores + c * heads * size, heads, size, rule->fusion,
-           redundancy + c * size);
+      fuse(key_scores + c * stride, value_scores + c * stride, score_heads, size, rule->fusion, redundancy + c * size);
 
   /* 2. Select: the least redundant stay; the first tokens of the sequence always do. */
   struct ranked *order = malloc(size * sizeof *order);
@@ -261,23 +275,26 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
     saved[blocks[slot / block_size] * block_size + slot % block_size] = redundancy[(count - 1) * size + i];
   }
   free(order);
+done:
   free(redundancy);
   free(tiles);
   free(scratch);
-  free(key_scores);
-  free(value_scores);
+  free(own_scores);
 }
 
 /* Seal the due chunks of every row in every layer. layer_indices [num_layers]; saved [num_layers, saved_stride];
-   carried [num_layers, saved_stride] or null; chosen [num_layers, num_due_chunks, K]. */
+   carried [num_layers, saved_stride] or null; chosen [num_layers, num_due_chunks, K]. scores [num_layers,
+   num_due_chunks + num_rows, 2, score_heads, C]: filled by SCORE, read by SEAL, null for WHOLE. */
 void seal_chunks(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t num_layers,
                  const int64_t *layer_indices, float *saved, int64_t saved_stride, int64_t *carried, int32_t *chosen,
-                 int64_t num_threads) {
+                 int64_t num_threads, int64_t phase, float *scores, int64_t score_heads) {
+  int64_t num_chunks = rows->ends[rows->num_rows - 1] + rows->num_rows;
   int64_t num_tasks = num_layers * rows->num_rows, per_layer = rows->ends[rows->num_rows - 1] * rule->keep;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t task = 0; task < num_tasks; task++) {
     int64_t layer = task / rows->num_rows;
     seal_row(cache, rule, rows, layer, layer_indices[layer], task % rows->num_rows, saved + layer * saved_stride,
-             carried ? carried + layer * saved_stride : 0, chosen + layer * per_layer);
+             carried ? carried + layer * saved_stride : 0, chosen + layer * per_layer,
+             (struct scores){scores ? scores + layer * num_chunks * 2 * score_heads * rule->size : 0, score_heads, phase});
   }
 }

@@ -1,0 +1,237 @@
+"""The metrics of a server: one table, and what turns a status into them.
+
+A metric is added by adding a row to `METRICS`; docs/metrics.md is generated from it. The figures come from
+`token_filtering_status` of every engine, merged by `integration/status.py`: tokens are counted once, however many ranks
+and layers hold them; seals and their time are summed over all workers.
+
+Source: https://prometheus.io/docs/practices/naming/.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+
+from vllm_tokenfilter import __version__
+from vllm_tokenfilter.config import FilterConfig
+
+#: Pairs of label values, in the order of the metric's labels, and a value.
+Samples = Iterable[tuple[tuple[str, ...], float]]
+Status = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
+
+    Attributes:
+        name: as it is exposed, prefix and suffix included.
+        kind: counters only grow; gauges are as of the last look.
+        unit: what is counted.
+        labels: names of the labels.
+        help: one sentence.
+        read: the samples in a merged status.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+    read: Callable[[Status], Samples]
+
+
+def _total(key: str) -> Callable[[Status], Samples]:
+    return lambda status: [((), status[key])]
+
+
+def _by_reason(key: str) -> Callable[[Status], Samples]:
+    return lambda status: [((reason,), count) for reason, count in status[key].items()]
+
+
+def _per_layer_set(value: Callable[[Status], float]) -> Callable[[Status], Samples]:
+    return lambda status: [((group["layers"],), value(group)) for group in status["groups"]]
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "tokenfilter_tokens_seen_total",
+        "counter",
+        "tokens",
+        (),
+        "Tokens computed: prompts without what the prefix cache had, and output; recomputed ones count again.",
+        _total("tokens_seen"),
+    ),
+    Metric(
+        "tokenfilter_tokens_sealed_total",
+        "counter",
+        "tokens",
+        (),
+        "Tokens of chunks that were ranked and sealed.",
+        _total("tokens_sealed"),
+    ),
+    Metric(
+        "tokenfilter_tokens_pruned_total",
+        "counter",
+        "tokens",
+        (),
+        "Sealed tokens that left the KV cache of every filtered layer.",
+        _total("tokens_pruned"),
+    ),
+    Metric(
+        "tokenfilter_rows_filtered_total",
+        "counter",
+        "rows",
+        (),
+        "Rows (one request in one step) that read a filtered cache.",
+        _total("rows_filtered"),
+    ),
+    Metric(
+        "tokenfilter_rows_dense_total",
+        "counter",
+        "rows",
+        ("reason",),
+        "Rows that read every token, by reason.",
+        _by_reason("rows_dense"),
+    ),
+    Metric(
+        "tokenfilter_seals_total",
+        "counter",
+        "calls",
+        (),
+        "Calls of the sealing kernel, over all workers and KV-cache groups.",
+        _total("seals"),
+    ),
+    Metric(
+        "tokenfilter_seal_seconds_total",
+        "counter",
+        "seconds",
+        (),
+        "Time in the sealing kernel, summed over all workers and KV-cache groups.",
+        _total("seal_seconds"),
+    ),
+    Metric(
+        "tokenfilter_attentions_decided_total",
+        "counter",
+        "attentions",
+        (),
+        "Attentions (a token in a layer that skips, behind the warm-up) that could have been skipped.",
+        _total("attentions_decided"),
+    ),
+    Metric(
+        "tokenfilter_attentions_skipped_total",
+        "counter",
+        "attentions",
+        (),
+        "Attentions that were skipped.",
+        _total("attentions_skipped"),
+    ),
+    Metric(
+        "tokenfilter_kv_blocks_held",
+        "gauge",
+        "blocks",
+        ("layers",),
+        "KV-cache blocks that unfinished requests hold, per layer set; a shared block counts for each of them.",
+        _per_layer_set(lambda group: group["blocks_held"]),
+    ),
+    Metric(
+        "tokenfilter_kv_blocks_saved",
+        "gauge",
+        "blocks",
+        ("layers",),
+        "KV-cache blocks that unfinished requests would hold beyond that if nothing were filtered.",
+        _per_layer_set(lambda group: group["blocks_dense"] - group["blocks_held"]),
+    ),
+    Metric(
+        "tokenfilter_realised_ratio",
+        "gauge",
+        "ratio",
+        ("layers",),
+        "Tokens pruned over tokens seen since start, per layer set; the recent window keeps it below the setting.",
+        _per_layer_set(lambda group: group["tokens_pruned"] / group["tokens_seen"] if group["tokens_seen"] else 0.0),
+    ),
+    Metric(
+        "tokenfilter_pruning_ratio",
+        "gauge",
+        "ratio",
+        ("layers",),
+        "Share of a sealed chunk that is removed now, after rounding to whole tokens; 0 where layers are dense.",
+        _per_layer_set(lambda group: group["effective_ratio"]),
+    ),
+    Metric(
+        "tokenfilter_layers_filtered",
+        "gauge",
+        "layers",
+        (),
+        "Layers that are filtered.",
+        lambda status: [((), len(status["layers_filtered"]))],
+    ),
+    Metric(
+        "tokenfilter_layers_dense",
+        "gauge",
+        "layers",
+        ("reason",),
+        "Layers that keep every token, by reason.",
+        lambda status: [((reason,), len(layers)) for reason, layers in status["layers_dense"].items()],
+    ),
+    Metric(
+        "tokenfilter_layers_unskipped",
+        "gauge",
+        "layers",
+        ("reason",),
+        "Layers that should skip attention and cannot, by reason.",
+        lambda status: [((reason,), len(layers)) for reason, layers in status["layers_unskipped"].items()],
+    ),
+    Metric(
+        "tokenfilter_engines",
+        "gauge",
+        "engines",
+        (),
+        "Engines (data-parallel ranks) whose figures are summed here.",
+        lambda status: [((), status["engines"])],
+    ),
+    Metric(
+        "tokenfilter_config_info",
+        "gauge",
+        "info",
+        ("version", *FilterConfig.model_fields),
+        "1 for the settings in force; settings that a change at run time replaced go to 0.",
+        lambda status: [((__version__, *(str(status[name]) for name in FilterConfig.model_fields)), 1)],
+    ),
+)
+
+
+class Exporter:
+    """Keeps the table's metrics in a Prometheus registry up to date.
+
+    With several API servers vLLM lets each write to files that any of them adds up when scraped; only one of them may
+    then export.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._metrics: list[tuple[Metric, Any]] = []
+        for metric in METRICS:
+            if metric.kind == "counter":
+                made: Any = Counter(metric.name, metric.help, metric.labels, registry=registry)
+            else:
+                made = Gauge(metric.name, metric.help, metric.labels, registry=registry, multiprocess_mode="mostrecent")
+            self._metrics.append((metric, made))
+        self._last: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def update(self, status: Status) -> None:
+        """Take over a merged status; a counter that fell was restarted, and goes on from where it was."""
+        for metric, made in self._metrics:
+            samples = dict(metric.read(status))
+            if metric.kind == "gauge":
+                # Labels cannot be taken back from the files of several API servers: what is gone is 0.
+                gone = [labels for name, labels in self._last if name == metric.name and labels not in samples]
+                samples.update(dict.fromkeys(gone, 0.0))
+            for labels, value in samples.items():
+                sample = made.labels(*labels) if metric.labels else made
+                before = self._last.get((metric.name, labels), 0.0)
+                self._last[metric.name, labels] = value
+                if metric.kind == "counter":
+                    sample.inc(value - before if value >= before else value)
+                else:
+                    sample.set(value)
