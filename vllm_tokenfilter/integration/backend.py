@@ -17,6 +17,7 @@ Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from typing import Any
@@ -121,7 +122,13 @@ class TokenFilteringImpl(CPUAttentionBackendImpl):
 
 
 class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Makes one group's metadata each step; the only state is what the step before made due, and the counters."""
+    """Makes one group's metadata each step; the only state is what the step before made due, and the counters.
+
+    Attributes:
+        observer: called with every seal and what it chose; None in service.
+    """
+
+    observer: Callable[[sealing.DueSeals, sealing.SealedChunks], None] | None = None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -248,11 +255,13 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
                 list(self._filtered), [layer.kv_cache for layer in layers], self.isa
             )
         started = time.perf_counter()
-        sealing.seal(due, self._cache, self.config)
+        sealed = sealing.seal(due, self._cache, self.config)
         self.counters.seals += 1
         self.counters.seal_seconds += time.perf_counter() - started
         self.counters.tokens_sealed += due.num_chunks * self.layout.chunk_size
         self.counters.tokens_pruned += due.num_chunks * self.layout.removed_per_chunk
+        if self.observer is not None:
+            self.observer(due, sealed)
 
 
 def _sort_all_layers_once(vllm_config: VllmConfig) -> None:
