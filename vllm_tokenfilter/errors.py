@@ -36,3 +36,11 @@ class EvaluationError(TokenFilterError):
     def __init__(self, reasons: Sequence[str]) -> None:
         self.reasons = tuple(reasons)
         super().__init__(" ".join(self.reasons))
+
+
+class PlanError(TokenFilterError):
+    """A deployment cannot be planned for; the message lists every reason found."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(" ".join(self.reasons))

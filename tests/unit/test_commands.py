@@ -32,6 +32,14 @@ MODEL = ["--model", "nowhere"]
         (["bench", *MODEL, "--concurrency", "0"], "concurrency=0 sends nothing"),
         (["bench", *MODEL, "--json", "/dev/null/x.json"], "json=/dev/null/x.json cannot be written"),
         (["bench", *MODEL, "--html", "/nowhere/x.html"], "html=/nowhere/x.html cannot be written"),
+        (["inspect", "--text", "/nowhere.txt", "--html", "x.html"], "text=/nowhere.txt is no file"),
+        (["inspect", "--text", __file__, "--html", "/nowhere/x.html"], "html=/nowhere/x.html cannot be written"),
+        (["inspect", "--text", __file__, "--html", "x.html", "--ratio", "0"], "pruning_ratio=0 drops nothing"),
+        (
+            ["inspect", "--text", __file__, "--html", "x.html", "--window", "8"],
+            "recent_window=8 is below chunk_size=64",
+        ),
+        (["inspect", *MODEL, "--text", __file__, "--html", "x.html"], "model=nowhere cannot be read"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):

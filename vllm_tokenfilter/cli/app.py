@@ -172,6 +172,75 @@ def evaluate(
     measure(plan, text, out, html)
 
 
+@app.command()
+def plan(
+    model_config: Annotated[str, typer.Option(help="A config.json, a folder that holds one, or a Hugging Face id.")],
+    context: Annotated[int, typer.Option(help="The longest request, in tokens: vLLM's max_model_len.")],
+    gpu_memory: Annotated[float | None, typer.Option(help="Of one GPU, in GiB.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio; repeatable.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU that vLLM takes.")] = 0.92,
+    overhead: Annotated[float, typer.Option(help="GiB a GPU for activations, CUDA graphs and libraries.")] = 2.0,
+    weights: Annotated[float | None, typer.Option(help="GiB of the whole model; default: found out.")] = None,
+    kv_cache: Annotated[
+        float | None, typer.Option(help="GiB a GPU of KV cache, where known; nothing is deducted.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV cache: auto, bfloat16, float16, float32.")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens of a block: 16 on GPUs, 32 on CPU.")] = 16,
+    prefill_step: Annotated[int, typer.Option(help="The most prompt tokens of a step.")] = 512,
+    chunk_size: Annotated[int | None, typer.Option(help="Tokens sealed together.")] = None,
+    recent_window: Annotated[int | None, typer.Option(help="Newest tokens that stay whole.")] = None,
+    first_layer: Annotated[int, typer.Option(help="First filtered layer.")] = 0,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Predict how many requests fit and what a token costs, dense and filtered, as vLLM counts at start."""
+    from vllm_tokenfilter.cli.plan import Deployment, plan
+    from vllm_tokenfilter.config import FilterConfig
+
+    deployment = Deployment(
+        model=model_config,
+        gpu_memory=gpu_memory,
+        utilization=gpu_memory_utilization,
+        weights=weights,
+        overhead=overhead,
+        cache=kv_cache,
+        context=context,
+        block_size=block_size,
+        prefill_step=prefill_step,
+        tensor_parallel=tensor_parallel_size,
+        dtype=dtype,
+    )
+    sizes = {key: value for key, value in (("chunk_size", chunk_size), ("recent_window", recent_window)) if value}
+    shared = {**sizes, "first_layer": first_layer, "dense_layers": dense_layer or []}
+    plan(deployment, [FilterConfig.parse({"pruning_ratio": one, **shared}) for one in ratio or [0.5]], as_json)
+
+
+@app.command()
+def inspect(
+    text: Annotated[Path, typer.Option(help="UTF-8 file.")],
+    html: Annotated[Path, typer.Option(help="The page to write; self-contained.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the model's chat template; the file may be a JSON list of messages.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
+    ratio: Annotated[float, typer.Option(help="Pruning ratio.")] = 0.5,
+    window: Annotated[int, typer.Option(help="Recent window in tokens.")] = 64,
+    chunk_size: Annotated[int, typer.Option(help="Tokens sealed together.")] = 64,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    limit: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 2048,
+    step: Annotated[int, typer.Option(help="Tokens read at once; 1 is exactly what decoding sees, and slow.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """See what is dropped from one text: a page of its tokens, layers, similarities and changed predictions."""
+    from vllm_tokenfilter.cli.inspect import Request, inspect
+    from vllm_tokenfilter.config import FilterConfig
+
+    sizes = {"chunk_size": chunk_size, "recent_window": window, "anchor_terms": min(chunk_size, 64)}
+    config = FilterConfig.parse({"pruning_ratio": ratio, "dense_layers": dense_layer or [], **sizes})
+    inspect(Request(text, chat, model, limit, step, html, as_json), config)
+
+
 def main() -> None:
     """Run the command line; an error meant for the user ends in its sentence and exit status 2."""
     try:

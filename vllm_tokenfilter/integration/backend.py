@@ -19,6 +19,7 @@ Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 from typing import Any
@@ -179,7 +180,13 @@ class _Part:
 
 
 class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Makes one group's metadata each step; the only state is what the step before made due, and the counters."""
+    """Makes one group's metadata each step; the only state is what the step before made due, and the counters.
+
+    Attributes:
+        observer: called with every seal and what it chose; None in service.
+    """
+
+    observer: Callable[[sealing.DueSeals, sealing.SealedChunks], None] | None = None
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -376,7 +383,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
                 )
             started = time.perf_counter()
             carried = None if part.skipping is None else part.skipping.kept
-            sealing.seal(due, part.cache, part.layout, self.config, carried)
+            sealed = sealing.seal(due, part.cache, part.layout, self.config, carried)
             if part.skipping is not None:
                 part.skipping.follow(due, part.layout)
             self.counters.seals += 1
@@ -386,6 +393,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
                 due.num_chunks * part.layout.removed_per_chunk,
                 len(part.layers) / len(self._filtered),
             )
+            if self.observer is not None:
+                self.observer(due, sealed)
 
 
 @dataclass(frozen=True)

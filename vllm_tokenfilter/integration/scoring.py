@@ -79,12 +79,12 @@ class ScoringEngine:
         """
         if reasons := refusals.unsupported_reasons(self._llm.llm_engine.vllm_config, config):
             raise UnsupportedError(reasons)
-        for builder in self._builders():
+        for builder in self.builders():
             builder.use(config)
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals since start; see `WorkerStatus.token_filtering_status`."""
-        return merge([builder.status() for builder in self._builders()])
+        return merge([builder.status() for builder in self.builders()])
 
     def feed(self, sequences: Iterable[list[int]], step_tokens: int, consumer: Consumer) -> None:
         """Feed sequences in steps of `step_tokens` and hand on the last hidden states, step by step.
@@ -113,6 +113,12 @@ class ScoringEngine:
                 engine.abort_request(list(self._indices))
             self._consumer = None
 
+    def builders(self) -> list[TokenFilteringMetadataBuilder]:
+        """The metadata builders of the worker, one per KV-cache group."""
+        groups = itertools.chain.from_iterable(self._runner.attn_groups)
+        builders = itertools.chain.from_iterable(group.metadata_builders for group in groups)
+        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, float32 [num_tokens, vocabulary], from hidden states [num_tokens, hidden_size]."""
         logits: torch.Tensor = self._runner.model.compute_logits(hidden)
@@ -121,11 +127,6 @@ class ScoringEngine:
     def close(self) -> None:
         """Shut the engine down."""
         self._core.shutdown()
-
-    def _builders(self) -> list[TokenFilteringMetadataBuilder]:
-        groups = itertools.chain.from_iterable(self._runner.attn_groups)
-        builders = itertools.chain.from_iterable(group.metadata_builders for group in groups)
-        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
 
     def _watch_hidden_states(self) -> None:
         runner = self._runner
