@@ -10,7 +10,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
 def _interpret_triton_where_there_is_no_gpu():
-    """Triton decides at import whether its own functions can run in its interpreter; child processes are not touched."""
+    """Triton decides at import whether its own functions run in its interpreter; child processes are not touched."""
     import torch
 
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from vllm_tokenfilter.layout import Layout
 CONFIG_KEY = "token_filtering"
 
 Fusion = Literal["variance_aware", "mean", "key", "value"]
+InnerBackend = Literal["auto", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"]
 Selector = Literal["anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency"]
 
 
@@ -101,6 +102,14 @@ class FilterConfig(BaseModel):
         ge=0,
         description="First filtered layer; all layers before it keep every token.",
         json_schema_extra={"unit": "layer index"},
+    )
+
+    inner_backend: InnerBackend = Field(
+        default="auto",
+        description=(
+            "On a GPU, vLLM's attention backend that does the reading and writing; auto is the one vLLM would choose."
+        ),
+        json_schema_extra={"unit": "name"},
     )
 
     @model_validator(mode="before")

@@ -25,10 +25,12 @@ class WorkerStatus:
             same tokens and rows. Seals and their time are summed over the groups.
         """
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
+        from vllm_tokenfilter.integration.gpu_backend import FilteringBuilder
 
+        ours = (TokenFilteringMetadataBuilder, FilteringBuilder)
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-        return merge([builder.status() for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)])
+        return merge([builder.status() for builder in builders if isinstance(builder, ours)])
 
 
 def describe(
