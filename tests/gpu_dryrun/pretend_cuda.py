@@ -136,7 +136,7 @@ def _pretend_device():
 def _pretend_generators():
     import torch._dynamo
     import torch._inductor.config
-    import torch.distributed.tensor  # noqa: F401  (these look at torch.Generator when they are imported)
+    import torch.distributed.tensor
 
     real = torch.Generator
 

@@ -79,7 +79,7 @@ class FilteringBuilder:
             raise UnsupportedError(
                 [
                     "enable_prefix_caching=True cannot be had over FLASHINFER, which plans on the host with lengths "
-                    "that only the device knows after a hit; use --no-enable-prefix-caching, or inner_backend=TRITON_ATTN."
+                    "that only the device knows after a hit; use --no-enable-prefix-caching, or another inner_backend."
                 ]
             )
         return FilteredSteps(
