@@ -270,9 +270,11 @@ def _pretend_platform():
 
 
 def _skip_warmup():
-    """Warming kernels up imports every model that has some, and what those need."""
+    """Warming kernels up imports every model that has some; one sampling kernel is more than the interpreter can do."""
+    from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker
 
+    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
     gpu_worker.kernel_warmup = _constant(None)
 
 
