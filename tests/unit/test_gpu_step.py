@@ -172,9 +172,6 @@ class RecordingBuilder:
         given.seq_lens.fill_(1)
         return given
 
-    def use_cascade_attention(self, *args, **kwargs):
-        return True
-
 
 def builder_over_a_recorder(steps):
     pytest.importorskip("vllm")
@@ -200,7 +197,7 @@ def test_the_inner_builder_is_given_the_adjusted_step_and_whatever_else_the_runn
     assert given.seq_lens_cpu_upper_bound.tolist() == [201 - 64]
     assert given.slot_mapping is now.slot_mapping and given.query_start_loc is now.query_start_loc
     assert given.slot_mapping.tolist() == [136]
-    assert not builder.use_cascade_attention() and not builder.supports_update_block_table
+    assert not builder.supports_update_block_table
 
 
 def test_a_captured_graph_reads_the_buffers_that_later_steps_fill():
@@ -218,5 +215,5 @@ def test_a_group_of_dense_layers_passes_through_and_is_counted_with_its_reason()
     builder = builder_over_a_recorder(None)
     now = step([300], [1], np.arange(24, dtype=np.int32)[None])
     prefix, given, *_ = builder.build(3, now)
-    assert prefix == 3 and given is now and builder.use_cascade_attention()
+    assert prefix == 3 and given is now
     assert builder.counters.rows_dense == {"configured_dense": 1}

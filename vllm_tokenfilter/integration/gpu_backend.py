@@ -134,11 +134,6 @@ class FilteringBuilder:
             **kwargs,
         )
 
-    def use_cascade_attention(self, *args: Any, **kwargs: Any) -> bool:
-        """See `AttentionMetadataBuilder.use_cascade_attention`; never over filtered layers."""
-        inner: Any = super()
-        return self._steps is None and inner.use_cascade_attention(*args, **kwargs)
-
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
         lengths = HostLengths.of(common)
         if self._capturing or not lengths.real.any():
