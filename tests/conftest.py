@@ -9,6 +9,24 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def _interpret_triton_where_there_is_no_gpu():
+    """Triton decides at import whether its own functions run in its interpreter; child processes are not touched."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        pass
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+_interpret_triton_where_there_is_no_gpu()
+
+
 @pytest.fixture(scope="session")
 def model_path():
     """The embedded model, made ready once."""

@@ -18,6 +18,7 @@ from vllm_tokenfilter.schedule import Schedule, whole_tokens
 CONFIG_KEY = "token_filtering"
 
 Fusion = Literal["variance_aware", "mean", "key", "value"]
+InnerBackend = Literal["auto", "FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"]
 Selector = Literal["anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency"]
 Substitute = Literal["none", "window", "running_output"]
 
@@ -162,6 +163,14 @@ class FilterConfig(BaseModel):
         default=AttentionSkipping(),
         description="The paper's own mode, off by default; see docs/skipping.md.",
         json_schema_extra={"unit": "settings"},
+    )
+
+    inner_backend: InnerBackend = Field(
+        default="auto",
+        description=(
+            "On a GPU, vLLM's attention backend that does the reading and writing; auto is the one vLLM would choose."
+        ),
+        json_schema_extra={"unit": "name"},
     )
 
     @model_validator(mode="before")

@@ -119,6 +119,7 @@ def _child(model: str, pruning_ratio: float | None, out: Path) -> None:
     import time
 
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {}
     if pruning_ratio is not None:
@@ -128,7 +129,9 @@ def _child(model: str, pruning_ratio: float | None, out: Path) -> None:
         }
     if Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    llm = LLM(model=model, max_model_len=2048, enforce_eager=True, kv_cache_memory_bytes=1 << 29, seed=0, **arguments)
+    # On a GPU with CUDA graphs, as it will be served: the status says which mode is in force.
+    eager = not current_platform.is_cuda()
+    llm = LLM(model=model, max_model_len=2048, enforce_eager=eager, kv_cache_memory_bytes=1 << 29, seed=0, **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=_NEW_TOKENS)
     started = time.perf_counter()
     answer = llm.chat([{"role": "user", "content": _PROMPT}], sampling, use_tqdm=False)[0]

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType
@@ -199,6 +200,11 @@ class Control:
             return (
                 "pruning_ratio cannot change at run time with data parallelism of a mixture-of-experts model, whose "
                 "engines step together; restart the server."
+            )
+        if not current_platform.is_cpu():
+            return (
+                f"pruning_ratio={config.pruning_ratio:g} cannot follow at run time on a GPU in this version; restart "
+                "the server."
             )
         if config.schedule.kind != "uniform":
             return (

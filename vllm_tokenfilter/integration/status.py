@@ -44,10 +44,12 @@ class WorkerStatus:
 
     def _token_filtering_builders(self) -> list[Any]:
         from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
+        from vllm_tokenfilter.integration.gpu_backend import FilteringBuilder
 
+        ours = (TokenFilteringMetadataBuilder, FilteringBuilder)
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
+        return [builder for builder in builders if isinstance(builder, ours)]
 
 
 def describe(

@@ -191,6 +191,11 @@ def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = CPU_BLOCK_SIZE
     block_size = args.block_size or GPU_BLOCK_SIZE
+    if args.enable_prefix_caching is None and config.inner_backend == "FLASHINFER":
+        args.enable_prefix_caching = False
+        logger.info(
+            "Token Filtering: prefix caching, on by default, is switched off: it cannot be had over FLASHINFER."
+        )
     if args.enable_prefix_caching is None and config.schedule.kind in ("tail", "linear"):
         args.enable_prefix_caching = False
         logger.info(

@@ -1,0 +1,168 @@
+"""What vLLM's GPU modules must go on doing for integration/gpu_*.py; checked without a GPU, where need be as source."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+
+from vllm_tokenfilter.integration import gpu_backend, gpu_dispatch, gpu_step, registration  # noqa: E402
+
+ROOT = Path(vllm.__file__).parent
+# flashinfer is not installed beside CPU torch, so its module is read and not imported.
+FILES = {
+    "FLASH_ATTN": ("flash_attn.py", "FlashAttention"),
+    "FLASHINFER": ("flashinfer.py", "FlashInfer"),
+    "TRITON_ATTN": ("triton_attn.py", "TritonAttention"),
+}
+
+
+def source(*parts):
+    return ROOT.joinpath(*parts).read_text()
+
+
+def classes(name):
+    tree = ast.parse(source("v1", "attention", "backends", FILES[name][0]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def method(node, name):
+    return next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name), None)
+
+
+def arguments(function):
+    return [argument.arg for argument in function.args.posonlyargs + function.args.args + function.args.kwonlyargs]
+
+
+@pytest.mark.parametrize("name", gpu_backend.INNER_BACKENDS)
+def test_the_inner_backends_are_built_and_called_as_we_wrap_them(name):
+    found = classes(name)
+    stem = FILES[name][1]
+    builder = found[f"{stem}MetadataBuilder"]
+    hint = "integration/gpu_backend.py (FilteringBuilder) wraps this signature"
+    assert arguments(method(builder, "__init__"))[:5] == [
+        "self", "kv_cache_spec", "layer_names", "vllm_config", "device",
+    ], hint  # fmt: skip
+    build = arguments(method(builder, "build"))
+    assert build[:4] == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"], hint
+    backend = found[f"{stem}Backend"]
+    assert f'return "{name}"' in ast.unparse(method(backend, "get_name")).replace("'", '"')
+    assert method(backend, "get_impl_cls") and method(backend, "get_builder_cls")
+    assert "alibi_slopes" in ast.unparse(found[f"{stem}Impl"]), "integration/layers.py asks the implementation for it"
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_a_wrapped_backend_answers_for_the_one_inside_and_is_found_by_its_path(name):
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    inner = AttentionBackendEnum[name].get_class()
+    ours = gpu_backend.backend_over(name)
+    assert resolve_obj_by_qualname(".".join(ours.full_cls_name())) is ours
+    assert ours.get_name() == inner.get_name() == name
+    assert ours.get_supported_kernel_block_sizes() == inner.get_supported_kernel_block_sizes()
+    builder, theirs = ours.get_builder_cls(), inner.get_builder_cls()
+    assert issubclass(builder, theirs) and issubclass(ours.get_impl_cls(), inner.get_impl_cls())
+    assert builder._cudagraph_support == theirs._cudagraph_support
+    assert builder.get_cudagraph_support.__func__ is theirs.get_cudagraph_support.__func__
+    assert builder.build is gpu_backend.FilteringBuilder.build
+    assert not builder.supports_update_block_table
+
+
+def test_the_base_builder_has_the_hooks_we_override():
+    for name in ("build", "build_for_cudagraph_capture", "supports_update_block_table"):
+        assert hasattr(AttentionMetadataBuilder, name), f"integration/gpu_backend.py overrides {name}"
+    assert "self.build(" in inspect.getsource(AttentionMetadataBuilder.build_for_cudagraph_capture)
+
+
+def test_a_step_says_what_we_read_and_takes_what_we_replace():
+    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    read = set(gpu_step.Step.__annotations__)
+    given = {field.name for field in dataclasses.fields(gpu_step.Adjusted)} | {"_num_computed_tokens_cache"}
+    assert read | given <= names, "integration/gpu_step.py reads and replaces fields of CommonAttentionMetadata"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("v1", "worker", "gpu", "attn_utils.py"), ("v1", "worker", "gpu_model_runner.py")],
+    ids=["model runner v2", "model runner v1"],
+)
+def test_both_runners_pass_host_lengths_and_whether_a_row_prefills(parts):
+    text = source(*parts)
+    assert "seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound" in text, "integration/gpu_step.py plans with it"
+    assert "is_prefilling=" in text, "integration/gpu_step.py tells dummy runs by it"
+
+
+def test_the_upper_bound_of_lengths_is_exact_without_speculation():
+    text = source("v1", "attention", "backend.py")
+    text = " ".join(text[text.index("    seq_lens_cpu_upper_bound: torch.Tensor") :][:500].split())
+    assert "Precise for prefill rows and for all rows outside async spec decode" in text, (
+        "integration/gpu_step.py takes the bound for the length; refusals.py refuses speculative decoding"
+    )
+
+
+def test_slots_of_dummy_runs_are_negative_and_lie_where_the_forward_reads_them():
+    text = source("v1", "worker", "gpu", "block_table.py")
+    assert "self.slot_mappings.fill_(PAD_SLOT_ID)" in text, "kernels/triton_lengths.py tells dummy rows by it"
+    assert "PAD_SLOT_ID = -1" in source("v1", "attention", "backends", "utils.py")
+    assert "return slot_mappings[:, :num_tokens_padded]" in text, "slots are a view that we rewrite in place"
+
+
+def test_vllm_validates_a_selected_backend_and_then_asks_for_its_path():
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    known = set(inspect.signature(AttentionBackend.validate_configuration).parameters)
+    assert set(AttentionSelectorConfig._fields) | {"device_capability"} == known, (
+        "integration/gpu_dispatch.py hands what it is asked on to vLLM's own choice"
+    )
+    text = source("platforms", "cuda.py")
+    body = text[text.index("def get_attn_backend_cls") :][:1400]
+    assert body.index("validate_configuration(") < body.index("_backend_cls_path(backend_class)")
+    assert "backend_cls.full_cls_name()" in text
+
+
+def test_inner_backend_auto_stands_for_what_vllm_would_choose(monkeypatch):
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    asked = {}
+
+    def choose(selected, config, num_heads=None):
+        asked.update(selected=selected, config=config)
+        return "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+
+    monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(choose))
+    layer = dict.fromkeys(AttentionSelectorConfig._fields, False) | {"head_size": 64}
+    reasons = gpu_dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+    assert reasons == [] and asked["selected"] is None and asked["config"].head_size == 64
+    assert gpu_dispatch.AutoBackend.full_cls_name() == ("vllm_tokenfilter.integration.gpu_dispatch", "OVER_TRITON_ATTN")
+
+
+def test_inner_backend_auto_says_so_where_vllms_choice_cannot_be_filtered(monkeypatch):
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    path = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
+    monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(lambda *args, **kwargs: path))
+    layer = dict.fromkeys(AttentionSelectorConfig._fields, False)
+    (reason,) = gpu_dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+    assert "FLEX_ATTENTION" in reason and "TRITON_ATTN" in reason
+
+
+def test_the_registered_path_leads_to_the_dispatch():
+    module, _, name = registration.BACKEND_PATH.rpartition(".")
+    assert (module, name) == (gpu_dispatch.__name__, "SELECTED_BACKEND")
+
+
+def test_the_kv_cache_is_packed_as_the_kernels_read_it():
+    for name in gpu_backend.INNER_BACKENDS:
+        text = source("v1", "attention", "backends", FILES[name][0])
+        assert ".transpose(1, 2).split(" in text, "kernels/gpu.py takes [blocks, heads, tokens, key and value]"
+
+
+def test_kernel_warmup_is_the_name_the_dry_run_replaces():
+    assert "kernel_warmup(self)" in source("v1", "worker", "gpu_worker.py"), "tests/gpu_dryrun/pretend_cuda.py"

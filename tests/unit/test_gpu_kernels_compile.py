@@ -1,0 +1,48 @@
+"""The GPU kernels through Triton's real compiler, which needs no GPU: the interpreter accepts what it would not."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_tokenfilter.kernels import triton_lengths, triton_seal
+
+POINTERS = {
+    "*i64": "layer_addresses layer_indices slot_mapping",
+    "*i32": "tables task_rows task_chunks first_ptr last_ptr own_ptr num_tokens_ptr first_task_ptr asked_ptr kept "
+    "query_start_loc seq_lens stored_lens shared_chunks clean_tables",
+    "*fp32": "saved known scores redundancy",
+    "fp32": "decay_log2",
+    "i64": "block_stride head_stride saved_stride",
+}
+TYPES = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
+SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
+SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
+LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, SHARES=True, NO_SEALS=1 << 30, TILE=128)
+KERNELS = [
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0)),
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0, ENCODING=3)),
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=1)),
+    (triton_seal._compact, dict(SEAL, BLOCK_C=64, FUSION=0)),
+    (triton_lengths.step_lengths, LENGTHS),
+]
+for kernel, constants in KERNELS:
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_gpu(capability):
+    done = subprocess.run([sys.executable, "-c", CODE, str(capability)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,220 @@
+"""The GPU's step path with stand-ins: a step that implements our own protocol, an inner builder that records."""
+
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_gpu_kernels import MODULES, make_layers, prose, read, settings, write
+from vllm_tokenfilter.kernels import gpu
+from vllm_tokenfilter.kernels.reference import seal_reference
+from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
+
+pytest.importorskip("triton")
+LAYOUT, SIZE = Layout(64, 32, 64, 4, 64), 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield
+
+
+@dataclass
+class Step:
+    """See `gpu_step.Step`."""
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu_upper_bound: torch.Tensor | None
+    is_prefilling: torch.Tensor | None
+    max_seq_len: int
+    num_reqs: int
+    block_table_tensor: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    def replace(self, _num_computed_tokens_cache=None, **changes):
+        return replace(self, **changes)
+
+
+def step(computed, queries, tables, padded=0, prefilling=None, dummy=False):
+    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers."""
+    computed, queries = np.array(computed), np.array(queries)
+    seq_lens = np.concatenate([computed + queries, np.zeros(padded)]).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(queries), np.full(padded, queries.sum())]).astype(np.int32)
+    slots = np.full(queries.sum() + padded, -1, np.int64)
+    if not dummy:
+        for row, (done, count) in enumerate(zip(computed, queries, strict=True)):
+            positions = done + np.arange(count)
+            blocks = tables[row, np.minimum(positions // SIZE, tables.shape[1] - 1)].astype(np.int64)
+            slots[starts[row] : starts[row + 1]] = blocks * SIZE + positions % SIZE
+    return Step(
+        torch.from_numpy(starts),
+        torch.from_numpy(starts.copy()),
+        torch.from_numpy(seq_lens),
+        torch.from_numpy(seq_lens.copy()),
+        torch.tensor([*(computed == 0 if prefilling is None else prefilling), *[False] * padded]),
+        int(seq_lens.max()),
+        len(seq_lens),
+        torch.from_numpy(np.concatenate([tables, np.zeros((padded, tables.shape[1]), np.int32)])),
+        torch.from_numpy(slots),
+    )
+
+
+def make_steps(layers=None, mark_blocks=0, **changes):
+    from vllm_tokenfilter.integration.gpu_step import FilteredSteps
+
+    layers = layers or make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True)
+    config = settings(LAYOUT, **changes)
+    return FilteredSteps(
+        config,
+        LAYOUT,
+        SIZE,
+        mark_blocks,
+        8,
+        40,
+        torch.device("cpu"),
+        lambda: gpu.GpuCache.over(layers, [0, 1], layers[0].dtype),
+    )
+
+
+def test_lives_of_requests_leave_in_the_cache_what_the_reference_keeps():
+    layers = make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True)
+    steps = make_steps(layers)
+    tables = np.random.default_rng(3).permutation(64)[:48].reshape(2, 24).astype(np.int32)
+    texts = [[prose(2, 340, 64, torch.bfloat16, 7 * row + layer) for layer in range(2)] for row in range(2)]
+    lengths, plan = [0, 0], [(100, 30), (93, 1), (1, 64), *[(1, 1)] * 3, (130, 2), (1, 1), (1, 94)]
+    buffers = set()
+    for queries in plan:
+        now = step(lengths, queries, tables, padded=1)
+        adjusted = steps.adjust(now)
+        buffers.add((adjusted.seq_lens.data_ptr(), now.slot_mapping.data_ptr() == 0))
+        for row, count in enumerate(queries):
+            stored = stored_tokens(lengths[row], LAYOUT)
+            begin = int(now.query_start_loc[row])
+            slots = now.slot_mapping[begin : begin + count]
+            want = stored + np.arange(count)
+            assert slots.tolist() == (tables[row][want // SIZE].astype(int) * SIZE + want % SIZE).tolist()
+            assert adjusted.seq_lens[row] == adjusted.seq_lens_cpu_upper_bound[row] == stored + count
+            for layer, (keys, values) in zip(layers, texts[row], strict=True):
+                part = slice(lengths[row], lengths[row] + count)
+                write(layer, tables[row], stored, keys[:, part], values[:, part])
+            lengths[row] += count
+        assert adjusted.max_seq_len == adjusted.seq_lens.max() and adjusted.seq_lens[2] == 0
+    assert len(buffers) == 1, "CUDA graphs need the lengths where they were"
+    steps.adjust(step(lengths, [1, 1], tables))
+    for row in range(2):
+        for index, (keys, values) in enumerate(texts[row]):
+            last = (lengths[row] - 64) // 64
+            keys, values = keys[:, : lengths[row]], values[:, : lengths[row]]
+            want = seal_reference(keys, values, None, 0, last, steps.config, index)
+            got = read(layers[index], tables[row], stored_tokens(lengths[row], LAYOUT))
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    sealed = sum((length - 64) // 64 for length in lengths)
+    assert steps.counters.tokens_sealed == 64 * sealed
+    assert steps.counters.tokens_pruned == 32 * sealed
+    assert steps.counters.tokens_seen == sum(lengths) + 2
+
+
+def test_a_step_in_which_nobody_seals_launches_no_seal(monkeypatch):
+    steps = make_steps()
+    launched = []
+    monkeypatch.setattr(steps, "seal", lambda due, cache: launched.append(due.plan.num_chunks))
+    tables = np.arange(24, dtype=np.int32)[None]
+    for computed, count in ((0, 100), (100, 27), (127, 1), (128, 1), (129, 1)):
+        steps.adjust(step([computed], [count], tables))
+    assert launched == [1], "128 tokens are the first that seal"
+
+
+def test_dummy_runs_captures_and_padding_leave_nothing_due_and_count_nothing():
+    steps = make_steps()
+    tables = np.zeros((2, 24), np.int32)
+    for capturing in (True, False):
+        steps.adjust(step([0, 0], [300, 200], tables, padded=1, prefilling=[False, False], dummy=True), capturing)
+        assert not steps.anything_due
+    steps.adjust(step([0, 127], [200, 1], tables, padded=1), capturing=True)
+    assert not steps.anything_due and steps.counters.tokens_seen == 0
+    # What looks like a decoding request to the host, but writes nowhere: the device seals nothing.
+    before = steps._cache.saved_redundancy.clone()
+    steps.adjust(step([127, 5], [1, 1], tables, dummy=True))
+    assert steps.anything_due
+    steps.adjust(step([0, 0], [1, 1], tables))
+    assert torch.equal(steps._cache.saved_redundancy, before)
+
+
+def test_marks_of_the_prefix_cache_are_taken_out_on_the_device():
+    steps = make_steps(mark_blocks=1)
+    own = np.arange(1, 24, dtype=np.int32)
+    tables = np.array([[*own[:4], 0, *own[4:]], [*own, 30]], np.int32)
+    now = step([128, 0], [40, 8], tables)
+    adjusted = steps.adjust(now)
+    removed = removed_tokens(128, LAYOUT, 2)
+    assert adjusted.seq_lens.tolist() == [168 - removed, 8]
+    assert adjusted.block_table_tensor[0, :7].tolist() == own[:7].tolist()
+    assert now.slot_mapping[:40].tolist() == [own[(64 + i) // SIZE] * SIZE + (64 + i) % SIZE for i in range(40)]
+    assert adjusted.seq_lens_cpu_upper_bound[0] >= adjusted.seq_lens[0], "the host may not know of the hit"
+    assert adjusted.max_seq_len >= 168 - removed
+
+
+class RecordingBuilder:
+    """Stands in for a metadata builder of vLLM's: gives back what it was given."""
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False, **kwargs):
+        return common_prefix_len, common_attn_metadata, fast_build, kwargs
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        _, given, *_ = self.build(0, common_attn_metadata)
+        given.seq_lens.fill_(1)
+        return given
+
+
+def builder_over_a_recorder(steps):
+    pytest.importorskip("vllm")
+    from vllm_tokenfilter.integration.counters import StepCounters
+    from vllm_tokenfilter.integration.gpu_backend import FilteringBuilder
+
+    class Builder(FilteringBuilder, RecordingBuilder):
+        def __init__(self):
+            self._steps, self._capturing, self._dense = steps, False, {"configured_dense": [0]}
+            self.counters = steps.counters if steps else StepCounters()
+
+    return Builder()
+
+
+def test_the_inner_builder_is_given_the_adjusted_step_and_whatever_else_the_runner_passes():
+    builder = builder_over_a_recorder(make_steps())
+    tables = np.arange(24, dtype=np.int32)[None]
+    builder.build(0, step([0], [200], tables))
+    now = step([200], [1], tables)
+    prefix, given, fast, extra = builder.build(5, now, True, more=1)
+    assert (prefix, fast, extra) == (0, True, {"more": 1}), "packed tokens are no common prefix"
+    assert given.seq_lens.tolist() == [201 - 64] and given.max_seq_len == 201 - 64
+    assert given.seq_lens_cpu_upper_bound.tolist() == [201 - 64]
+    assert given.slot_mapping is now.slot_mapping and given.query_start_loc is now.query_start_loc
+    assert given.slot_mapping.tolist() == [136]
+    assert not builder.supports_update_block_table
+
+
+def test_a_captured_graph_reads_the_buffers_that_later_steps_fill():
+    builder = builder_over_a_recorder(make_steps())
+    tables = np.arange(48, dtype=np.int32).reshape(2, 24)
+    captured = builder.build_for_cudagraph_capture(step([0, 0], [1, 1], tables, prefilling=[False] * 2, dummy=True))
+    assert captured.seq_lens.tolist() == [1, 1] and builder.counters.tokens_seen == 0
+    assert captured.max_seq_len == 1, "the capture's own worst case is kept"
+    builder.build(0, step([0, 0], [150, 200], tables))
+    builder.build(0, step([150, 200], [1, 1], tables))
+    assert captured.seq_lens.tolist() == [151 - 32, 201 - 64]
+
+
+def test_a_group_of_dense_layers_passes_through_and_is_counted_with_its_reason():
+    builder = builder_over_a_recorder(None)
+    now = step([300], [1], np.arange(24, dtype=np.int32)[None])
+    prefix, given, *_ = builder.build(3, now)
+    assert prefix == 3 and given is now
+    assert builder.counters.rows_dense == {"configured_dense": 1}

@@ -1,0 +1,75 @@
+"""What TOKEN_FILTERING stands for where vLLM looks a selected backend up: on NVIDIA, a wrapper of one of vLLM's own.
+
+A module of its own because vLLM resolves a backend by importing a path and taking an attribute of it:
+`SELECTED_BACKEND` is computed at that moment, from the configuration in force; `OVER_<name>` is what it leads to.
+
+Source: vllm/v1/attention/backends/registry.py (`get_class`), vllm/platforms/cuda.py (`get_attn_backend_cls`).
+"""
+
+from typing import Any
+
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from vllm_tokenfilter.integration import refusals
+
+_OVER = "OVER_"
+
+
+class AutoBackend(AttentionBackend):
+    """`inner_backend: auto`: asks vLLM what it would choose for the layer, and stands for a wrapper of that.
+
+    vLLM validates a selected backend with everything it knows of the layer, and then asks for its path.
+    """
+
+    _chosen: str
+
+    @classmethod
+    def validate_configuration(cls, **layer: Any) -> list[str]:  # type: ignore[override]
+        """See `AttentionBackend.validate_configuration`."""
+        from vllm_tokenfilter.integration.gpu_backend import INNER_BACKENDS, backend_over
+
+        layer.pop("device_capability")
+        path = current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**layer))
+        name = resolve_obj_by_qualname(path).get_name()
+        if name not in INNER_BACKENDS:
+            return [
+                f"inner_backend=auto is {name} here, which cannot be filtered; set inner_backend to one of "
+                f"{', '.join(INNER_BACKENDS)}"
+            ]
+        cls._chosen = backend_over(name).__qualname__
+        return []
+
+    @classmethod
+    def full_cls_name(cls) -> tuple[str, str]:
+        """See `AttentionBackend.full_cls_name`: the wrapper chosen last."""
+        return __name__, cls._chosen
+
+    @staticmethod
+    def get_name() -> str:
+        """Unused: the wrapper stands in before a layer is built."""
+        raise NotImplementedError
+
+    get_impl_cls = get_builder_cls = get_name  # type: ignore[assignment]
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(_OVER):
+        from vllm_tokenfilter.integration.gpu_backend import backend_over
+
+        return backend_over(name.removeprefix(_OVER))
+    if name != "SELECTED_BACKEND":
+        raise AttributeError(name)
+    config = refusals.require_supported(get_current_vllm_config())
+    if current_platform.is_cpu():
+        from vllm_tokenfilter.integration.backend import TokenFilteringBackend
+
+        return TokenFilteringBackend
+    if config.inner_backend == "auto":
+        return AutoBackend
+    from vllm_tokenfilter.integration.gpu_backend import backend_over
+
+    return backend_over(config.inner_backend)
