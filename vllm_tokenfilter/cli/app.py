@@ -54,13 +54,17 @@ def serve(
 @app.command()
 def verify(
     model: Annotated[str | None, typer.Option(help="Model to try; default: the embedded one.")] = None,
-    pruning_ratio: Annotated[float, typer.Option(help="Ratio to try.")] = 0.5,
+    pruning_ratio: Annotated[float, typer.Option(help="Ratio to try; without effect beside --config.")] = 0.5,
+    config: Annotated[Path | None, typer.Option(help="Try the settings of this vLLM --config file instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove the installation: versions, dense and filtered generation side by side, what was filtered."""
     from vllm_tokenfilter.cli.verify import run
+    from vllm_tokenfilter.config import FilterConfig
+    from vllm_tokenfilter.settings_file import read_settings
 
-    raise typer.Exit(run(model, pruning_ratio, as_json))
+    settings = FilterConfig.parse({"pruning_ratio": pruning_ratio}) if config is None else read_settings(config)
+    raise typer.Exit(run(model, settings, as_json))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -123,6 +127,9 @@ def evaluate(
     window: Annotated[list[int] | None, typer.Option(help="Recent window in tokens; repeatable.")] = None,
     chunk_size: Annotated[list[int] | None, typer.Option(help="Tokens sealed together; repeatable.")] = None,
     dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(help="Also measure the settings of this vLLM --config file; repeatable.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="perplexity, tasks or recall; repeatable.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Perplexity window in tokens; repeatable.")] = None,
     windows: Annotated[int, typer.Option(min=0, help="Perplexity windows per length; 0 for all.")] = 8,
@@ -149,11 +156,15 @@ def evaluate(
     from vllm_tokenfilter.cli.evaluate import evaluate as measure
     from vllm_tokenfilter.evaluation.run import Plan
     from vllm_tokenfilter.models import default_model_path
+    from vllm_tokenfilter.settings_file import read_settings
 
+    # Files are measured by themselves unless a grid is asked for as well.
+    ratios = [0.5] if quick else [] if config else [0.25, 0.5, 0.75]
     plan = Plan(
         model=model or str(default_model_path()),
         methods=method or (["variance_aware", "random"] if quick else ["variance_aware"]),
-        ratios=ratio or ([0.5] if quick else [0.25, 0.5, 0.75]),
+        ratios=ratio or ratios,
+        configs={path.stem: read_settings(path) for path in config or []},
         recent_windows=window or [64],
         chunk_sizes=chunk_size or [64],
         extra={"dense_layers": dense_layer} if dense_layer else {},

@@ -5,14 +5,12 @@ Works where vLLM's command does not: with the CPU package `vllm` dies at start, 
 
 import json
 import os
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.models import MODEL_NAME, default_model_path
+from vllm_tokenfilter.settings_file import read_config_file
 
 #: The endpoint plugin that serves /token_filtering, by its entry point's name.
 HTTP_PLUGIN = "token_filtering_http"
@@ -68,7 +66,7 @@ def server_arguments(flags: list[str], config_file: str | None, pruning_ratio: f
         ConfigError: the file or a setting of ours cannot be used.
         ModelError: no model is named and the embedded one cannot be made.
     """
-    file_settings = _read_file(config_file)
+    file_settings = {} if config_file is None else read_config_file(config_file)
     flags, extra = _take_additional_config(flags)
     merged = {**(file_settings.get("additional-config") or {}), **extra}
     ours = merged.get(CONFIG_KEY)
@@ -96,18 +94,6 @@ def server_arguments(flags: list[str], config_file: str | None, pruning_ratio: f
         if not given & {"enforce-eager", "no-enforce-eager", "compilation-config"}:
             arguments += ["--enforce-eager"]
     return arguments
-
-
-def _read_file(config_file: str | None) -> dict[str, Any]:
-    if config_file is None:
-        return {}
-    try:
-        settings = yaml.safe_load(Path(config_file).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([f"config={config_file} cannot be read ({error}); pass a YAML file."]) from None
-    if not isinstance(settings, dict):
-        raise ConfigError([f"config={config_file} holds no settings; write one `flag: value` a line."])
-    return {str(key).replace("_", "-"): value for key, value in settings.items()}
 
 
 def _take_additional_config(flags: list[str]) -> tuple[list[str], dict[str, Any]]:

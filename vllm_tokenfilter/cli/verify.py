@@ -28,22 +28,21 @@ _PROMPT = "Read this and say in one sentence what it is about.\n\n" + 8 * _PARAG
 _NEW_TOKENS = 96
 
 
-def run(model: str | None, pruning_ratio: float, as_json: bool) -> int:
+def run(model: str | None, config: FilterConfig, as_json: bool) -> int:
     """Generate dense and filtered, compare, and print the report.
 
     Returns:
         0 if every check passed, else 1.
 
     Raises:
-        TokenFilterError: the ratio cannot hold, or the default model cannot be made.
+        TokenFilterError: the default model cannot be made.
     """
-    config = FilterConfig.parse({"pruning_ratio": pruning_ratio})
     console = Console(stderr=True)
     path = model or str(default_model_path())
     with console.status("Generating with stock attention ..."):
         dense = _generate(path, None)
     with console.status("Generating with Token Filtering ..."):
-        filtered = _generate(path, pruning_ratio)
+        filtered = _generate(path, config)
     report: dict[str, Any] = {
         "versions": {**versions(), "machine": platform.machine()},
         "model": Path(path).name if model is None else model,
@@ -62,12 +61,17 @@ def run(model: str | None, pruning_ratio: float, as_json: bool) -> int:
 
 def _checks(config: FilterConfig, dense: dict[str, Any], filtered: dict[str, Any]) -> dict[str, bool]:
     status = filtered.get("status", {})
-    active = config.pruning_ratio > 0
+    pruned, skipped = status.get("tokens_pruned", 0), status.get("attentions_skipped", 0)
+    checks = {}
+    if config.pruning_ratio > 0:
+        checks["tokens were pruned"] = pruned > 0
+    if config.attention_skipping.ratio > 0:
+        checks["attentions were skipped"] = skipped > 0
     return {
         "stock vLLM generates": bool(dense.get("text")),
         "Token Filtering generates": bool(filtered.get("text")),
         "the backend is TOKEN_FILTERING": status.get("backend") == "TOKEN_FILTERING",
-        "tokens were pruned" if active else "the filter is off": (status.get("tokens_pruned", 0) > 0) == active,
+        **(checks or {"the filter is off": pruned == skipped == 0}),
         "torchvision, torchaudio, torchcodec are absent beside CPU torch": _cpu_companions_absent(),
     }
 
@@ -80,11 +84,12 @@ def _cpu_companions_absent() -> bool:
     return not any(importlib.util.find_spec(name) for name in ("torchvision", "torchaudio", "torchcodec"))
 
 
-def _generate(model: str, pruning_ratio: float | None) -> dict[str, Any]:
+def _generate(model: str, config: FilterConfig | None) -> dict[str, Any]:
     """Text and status of one engine, in a process of its own: a machine may not hold two engines at once."""
+    settings = None if config is None else config.model_dump(mode="json")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [sys.executable, "-m", __name__, model, json.dumps(pruning_ratio), str(out)]
+        command = [sys.executable, "-m", __name__, model, json.dumps(settings), str(out)]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
         if not out.exists():
             tail = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-12:]
@@ -107,25 +112,43 @@ def _print(report: dict[str, Any], console: Console) -> None:
         if key in report["dense"] or key in report["filtered"]:
             texts.add_row(key, str(report["dense"].get(key, "")), str(report["filtered"].get(key, "")))
     console.print(texts)
+    found = report["filtered"].get("status", {})
+    layers = Table("layers", "kept of a chunk", "KV ratio", "attention skipped", title="What every layer does")
+    for row in found.get("layer_table", []):
+        layers.add_row(row["layers"], str(row["kept_per_chunk"]), f"{row['kv_ratio']:.3g}", f"{row['skip_ratio']:.3g}")
+    console.print(layers)
     status = Table("what the worker counted", "value", title="What was filtered")
-    for key, value in report["filtered"].get("status", {}).items():
-        status.add_row(key, str(value))
+    for key, value in {**found, **_spared(found)}.items():
+        if key != "layer_table":
+            status.add_row(key, str(value))
     console.print(status)
     for check, passed in report["checks"].items():
         console.print(f"[{'green' if passed else 'red'}]{'ok  ' if passed else 'FAIL'}[/] {check}")
 
 
-def _child(model: str, pruning_ratio: float | None, out: Path) -> None:
+def _spared(status: dict[str, Any]) -> dict[str, str]:
+    """Which part of decoding's cache reads was spared, and by what."""
+    dense = status.get("reads_dense", 0)
+    if not dense:
+        return {}
+    filtered, done = status["reads_filtered"], status["reads_done"]
+    return {
+        "cache reads of decoding spared by KV filtering": f"{1 - filtered / dense:.1%}",
+        "cache reads of decoding spared by attention skipping": f"{(filtered - done) / dense:.1%}",
+    }
+
+
+def _child(model: str, settings: dict[str, Any] | None, out: Path) -> None:
     import time
 
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
     arguments: dict[str, Any] = {}
-    if pruning_ratio is not None:
+    if settings is not None:
         arguments = {
             "attention_backend": "TOKEN_FILTERING",
-            "additional_config": {CONFIG_KEY: {"pruning_ratio": pruning_ratio}},
+            "additional_config": {CONFIG_KEY: settings},
         }
     if Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -140,7 +163,7 @@ def _child(model: str, pruning_ratio: float | None, out: Path) -> None:
         "seconds": round(time.perf_counter() - started, 2),
         "text": answer.outputs[0].text,
     }
-    if pruning_ratio is not None:
+    if settings is not None:
         result["status"] = llm.collective_rpc("token_filtering_status")[0]
     out.write_text(json.dumps(result))
 

@@ -28,7 +28,8 @@ class Plan:
         ratios: pruning ratios; dense is always measured first.
         recent_windows: tokens.
         chunk_sizes: tokens.
-        extra: settings that every cell has besides.
+        extra: settings that every cell of the grid has besides.
+        configs: name -> settings measured as they are, beside the grid.
         metrics: of METRICS.
         lengths: tokens of perplexity windows.
         windows: windows per length; 0 for all the text has.
@@ -49,6 +50,7 @@ class Plan:
     chunk_sizes: list[int]
     metrics: list[str]
     extra: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, FilterConfig] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=lambda: [2048])
     windows: int = 8
     task_names: list[str] = field(default_factory=lambda: list(tasks.PAPER_TASKS))
@@ -61,7 +63,7 @@ class Plan:
     data_dir: Path | None = None
 
     def points(self) -> list[tuple[str, FilterConfig]]:
-        """The grid: dense, then every method at every ratio, chunk size and window.
+        """The grid: dense, every method at every ratio, chunk size and window, and the settings of files.
 
         Raises:
             EvaluationError: a name is unknown.
@@ -77,7 +79,7 @@ class Plan:
                     for method in self.methods:
                         if ratio > 0:
                             points.append((method, settings_of(method, ratio, window, chunk, self.extra)))
-        return points
+        return points + list(self.configs.items())
 
     def check(self) -> None:
         """Refuse everything wrong with the plan before an engine starts.
@@ -180,6 +182,11 @@ def _write(evaluation: Evaluation, out: Path) -> None:
         raise EvaluationError([f"json={out} cannot be written ({error}); choose another place."]) from None
 
 
+def _step_tokens(config: FilterConfig) -> int:
+    """Small enough that a step sees what decoding would, up to a chunk."""
+    return min(64, config.chunk_size)
+
+
 class _Runner:
     """Measures one point of the grid after the other; what several cells share is made once."""
 
@@ -201,7 +208,7 @@ class _Runner:
 
     def measure(self, method: str, config: FilterConfig) -> None:
         self.scorer.use(config)
-        step = min(64, config.chunk_size)
+        step = _step_tokens(config)
         for metric in self.plan.metrics:
             getattr(self, f"_{metric}")(method, config, step)
 
@@ -214,7 +221,7 @@ class _Runner:
             dense = self.dense.setdefault(length, perplexity.DenseWindows())
             # The dense pass is needed again whenever something is still to be compared with it.
             needed = method == "dense" and any(
-                self._cell(name, other, "perplexity", {**parameters, "step_tokens": min(64, other.chunk_size)}).key
+                self._cell(name, other, "perplexity", {**parameters, "step_tokens": _step_tokens(other)}).key
                 not in self.done
                 for name, other in self.plan.points()
             )
@@ -308,7 +315,8 @@ class _Runner:
                         for reason, count in after["rows_dense"].items()
                         if count > before["rows_dense"].get(reason, 0)
                     },
-                    "filter_active": pruned > 0,
+                    "filter_active": pruned > 0 or after["attentions_skipped"] > before["attentions_skipped"],
+                    "attentions_skipped": after["attentions_skipped"] - before["attentions_skipped"],
                 }
             )
         )

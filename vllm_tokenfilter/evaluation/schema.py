@@ -25,7 +25,7 @@ class Cell(BaseModel):
     """One measurement: a method's settings under one metric.
 
     Attributes:
-        method: a key of METHODS, or "dense".
+        method: a key of METHODS, "dense", or the name of a settings file.
         settings: every setting of the filter, as in docs/configuration.md.
         metric: perplexity, recall, or a task's name.
         parameters: what was measured: sequence length, rows, depth, ...
@@ -34,9 +34,11 @@ class Cell(BaseModel):
             and its standard error; token_accuracy; answer_logprob (mean per token, nats).
         samples: per window, row or trial, in order, what `values` is the mean of: for paired comparisons.
         tokens_seen: positions computed.
-        tokens_pruned: positions that left the cache of every filtered layer.
+        tokens_pruned: positions that left the cache, as a mean over the filtered layers.
+        attentions_skipped: attentions of a token in a layer that were skipped.
         rows_dense: steps of requests that read every token, by reason.
-        filter_active: whether anything was removed; False at a ratio above 0 is "filter inactive", no quality result.
+        filter_active: whether anything was removed or skipped; if not, at a ratio above 0, this is "filter inactive"
+            and no quality result.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,6 +51,7 @@ class Cell(BaseModel):
     samples: list[float]
     tokens_seen: int
     tokens_pruned: int
+    attentions_skipped: int = 0
     rows_dense: dict[str, int]
     filter_active: bool
 

@@ -1,5 +1,5 @@
 /* The CPU kernels of attention skipping, called once per layer of a step: decide which of the step's tokens are skipped,
-   and compute what stands for a skipped attention. kernels/skip_reference.py is the readable form of the decision.
+   and compute what stands for a skipped attention. docs/skipping.md has the formulas; tests/reference.py follows them.
 
    A step's tokens are in the cache before any of this runs. What a decision needs of earlier tokens is read from the
    cache and from `kept`, which holds a score and a debt per physical slot: nothing belongs to a request.

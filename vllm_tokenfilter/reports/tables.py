@@ -26,10 +26,21 @@ def evaluation_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
         own = [cell for cell in cells if cell["metric"] == metric]
         names = [name for name in _NAMES if any(name in cell["values"] for cell in own)]
         measured = [key for key in own[0]["parameters"] if key != "step_tokens"]
-        head = ["method", "ratio", "chunk", "window", "dense layers", *(key.replace("_", " ") for key in measured)]
+        head = [
+            "method",
+            "ratio",
+            "chunk",
+            "window",
+            "dense layers",
+            "pruned",
+            *(key.replace("_", " ") for key in measured),
+        ]
         rows = [head + [_NAMES[name][0] for name in names]]
         rows += [
-            settings_row(cell) + [str(cell["parameters"][key]) for key in measured] + _values(cell, names)
+            settings_row(cell)
+            + [_pruned(cell)]
+            + [str(cell["parameters"][key]) for key in measured]
+            + _values(cell, names)
             for cell in own
         ]
         found.append((f"{metric}: {result['model']}", rows))
@@ -41,18 +52,25 @@ def settings_row(cell: dict[str, Any]) -> list[str]:
     settings = cell["settings"]
     if cell["method"] == "dense":
         return ["dense", "0", "-", "-", "-"]
-    dense = [*range(settings["first_layer"]), *settings["dense_layers"]]
+    dense = " ".join(map(str, [*range(settings["first_layer"]), *settings["dense_layers"]]))
+    schedule = settings.get("schedule", {}).get("kind", "uniform")
+    skipping = settings.get("attention_skipping", {}).get("ratio", 0)
     return [
         cell["method"],
-        f"{settings['pruning_ratio']:g}",
+        f"{settings['pruning_ratio']:g}" + (f", skipping {skipping:g}" if skipping else ""),
         str(settings["chunk_size"]),
         str(settings["recent_window"]),
-        " ".join(map(str, dense)) or "none",
+        dense or ("none" if schedule == "uniform" else f"as in {schedule}"),
     ]
 
 
+def _pruned(cell: dict[str, Any]) -> str:
+    """The share of all tokens that left the cache: how much of the text was long enough to be filtered."""
+    return f"{cell['tokens_pruned'] / cell['tokens_seen']:.1%}" if cell["tokens_seen"] else "-"
+
+
 def _values(cell: dict[str, Any], names: list[str]) -> list[str]:
-    if cell["settings"]["pruning_ratio"] > 0 and not cell["filter_active"]:
+    if cell["method"] != "dense" and not cell["filter_active"]:
         return ["filter inactive", *[""] * (len(names) - 1)]
     return [_NAMES[name][1].format(cell["values"][name]) if name in cell["values"] else "" for name in names]
 

@@ -1,0 +1,155 @@
+"""The kernels of attention skipping against the reference's formulas, on caches made here."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from vllm_tokenfilter.kernels import skip
+from vllm_tokenfilter.kernels.cpu import BFLOAT16, FLOAT32, PagedCache
+
+HEADS, DIMS, BLOCK, BLOCKS = 2, 16, 32, 40
+HISTORY, TERMS, WARMUP = 48, 32, 20
+
+
+def make_cache(keys, values, blocks, encoding=FLOAT32):
+    """A cache of [block, head, token, 2, dim] that holds one request's keys and values [heads, tokens, dims]."""
+    dtype = torch.float32 if encoding == FLOAT32 else torch.bfloat16
+    storage = torch.full((BLOCKS, HEADS, BLOCK, 2, DIMS), float("nan"), dtype=dtype)
+    slots = torch.arange(keys.shape[1])
+    where = torch.from_numpy(blocks)[slots // BLOCK]
+    storage[where, :, slots % BLOCK, 0] = keys.transpose(0, 1).to(dtype)
+    storage[where, :, slots % BLOCK, 1] = values.transpose(0, 1).to(dtype)
+    integer, unsigned = (torch.int32, np.uint32) if encoding == FLOAT32 else (torch.int16, np.uint16)
+    tokens, dims = np.arange(BLOCK, dtype=np.int64) * 2 * DIMS, np.arange(DIMS, dtype=np.int64)
+    return PagedCache(
+        elements=storage.view(integer).flatten().numpy().view(unsigned),
+        encoding=encoding,
+        widen_table=np.zeros(1, np.float32),
+        layer_starts=np.zeros(1, np.int64),
+        block_stride=HEADS * BLOCK * 2 * DIMS,
+        head_stride=BLOCK * 2 * DIMS,
+        num_kv_heads=HEADS,
+        num_blocks=BLOCKS,
+        key_tokens=tokens,
+        key_dims=dims,
+        value_tokens=tokens + DIMS,
+        value_dims=dims,
+    )
+
+
+def rows_of(blocks, done, count):
+    """One row: `count` new tokens behind `done` raw ones."""
+    numbers = ([0, count], [done], [0], [done])
+    return skip.SkipRows(blocks[None].astype(np.int32), *(np.array(x, np.int64) for x in numbers))
+
+
+def text_of(kind, length):
+    """Keys and values [2, heads, length, dims] of drifting, periodic or constant text."""
+    noise = torch.randn(2, HEADS, length, DIMS, generator=torch.Generator().manual_seed(length))
+    if kind == "drifting":
+        return noise.cumsum(2) / 3 + noise
+    if kind == "periodic":
+        return noise[:, :, torch.arange(length) % 17]
+    return torch.ones_like(noise)
+
+
+def decide(cache, blocks, length, steps, ratio):
+    """Feed `length` tokens in `steps`; the decisions, and the scores kept."""
+    rule = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16)
+    kept = np.zeros(BLOCKS * BLOCK, np.int64)
+    decisions, done = [], 0
+    while done < length:
+        count = min(steps[len(decisions) % len(steps)], length - done)
+        decisions.append(skip.decide_skips(cache, rule, rows_of(blocks, done, count), 0, round(ratio * 10000), kept, 2))
+        done += count
+    slots = np.arange(length)
+    scores = kept[blocks[slots // BLOCK] * BLOCK + slots % BLOCK].view(np.float32).reshape(-1, 2)[:, 0]
+    return np.concatenate(decisions).astype(bool), scores
+
+
+@pytest.mark.parametrize("encoding", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["drifting", "periodic"])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9])
+def test_decisions_follow_the_formulas(kind, ratio, encoding):
+    length = 300
+    keys, values = text_of(kind, length)
+    if encoding == BFLOAT16:
+        keys, values = keys.bfloat16().float(), values.bfloat16().float()
+    blocks = np.random.default_rng(0).permutation(BLOCKS)[:12]
+    found, scores = decide(make_cache(keys, values, blocks, encoding), blocks, length, [70, 1, 1, 33], ratio)
+    own = reference.Settings(W=HISTORY, M=TERMS, skip=(ratio,), warmup=WARMUP)
+    expected = reference.redundancy(keys, values, 0, length, own)
+    assert np.abs(scores - expected.numpy()).max() < 1e-5
+    decided, ties = reference.decide(expected, own, 0, theirs=torch.from_numpy(found), tie=1e-5)
+    assert np.array_equal(decided.numpy(), found)
+    assert kind == "periodic" or ties <= 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(["drifting", "periodic", "constant"]),
+    ratio=st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.8, 0.95]),
+    steps=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+)
+def test_the_share_is_met_whatever_the_text(kind, ratio, steps):
+    length = 1000 + WARMUP
+    blocks = np.arange(BLOCKS)
+    found, _ = decide(make_cache(*text_of(kind, length), blocks), blocks, length, steps, ratio)
+    assert not found[:WARMUP].any()
+    assert abs(found[WARMUP:].mean() - ratio) <= 0.009
+
+
+@settings(max_examples=10, deadline=None)
+@given(steps=st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_how_a_text_is_cut_into_steps_changes_no_decision(steps):
+    blocks = np.arange(BLOCKS)
+    cache = make_cache(*text_of("drifting", 400), blocks)
+    assert np.array_equal(decide(cache, blocks, 400, steps, 0.5)[0], decide(cache, blocks, 400, [400], 0.5)[0])
+
+
+@pytest.mark.parametrize("slot, window", [(0, 16), (10, 16), (200, 16), (200, 400), (63, 1)])
+def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window):
+    keys, values = text_of("drifting", 256)
+    blocks = np.random.default_rng(1).permutation(BLOCKS)[:8]
+    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, window)
+    query = torch.randn(1, 2 * HEADS, DIMS, generator=torch.Generator().manual_seed(slot))
+    found = skip.attend_window(
+        make_cache(keys, values, blocks),
+        rule,
+        rows_of(blocks, slot, 1),
+        0,
+        np.zeros(1, np.int64),
+        query.numpy(),
+        0.3,
+        0.0,
+        2,
+    )
+    seen = sorted({*range(min(4, slot + 1)), *range(max(0, slot + 1 - window), slot + 1)})
+    for head in range(2 * HEADS):
+        weights = (query[0, head] @ keys[head // 2, seen].T * 0.3).softmax(-1)
+        assert np.allclose(found[0, head], (weights @ values[head // 2, seen]).numpy(), atol=1e-5)
+
+
+def test_means_of_outputs_go_on_across_steps_and_blocks():
+    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
+    blocks = np.array([5, 2, 9])
+    cache = make_cache(*text_of("drifting", 96), blocks)
+    draw = np.random.default_rng(0)
+    outputs, skipped = draw.normal(size=(90, 6)).astype(np.float32), (draw.random(90) < 0.5).astype(np.uint8)
+    means, found, done = np.zeros((BLOCKS, 7), np.float32), [], 0
+    for count in (40, 1, 1, 30, 18):
+        part = outputs[done : done + count].copy()
+        now = skipped[done : done + count].copy()
+        skip.average_outputs(cache, rule, rows_of(blocks, done, count), now, means, part, 2)
+        found.append(part)
+        done += count
+    mean, weight = np.zeros(6), 0.0
+    for own, out, gone in zip(np.concatenate(found), outputs, skipped, strict=True):
+        if gone:
+            assert np.allclose(own, mean / weight if weight else 0.0, atol=1e-4)
+        else:
+            assert np.array_equal(own, out)
+            mean, weight = 0.9 * mean + 0.1 * out, 0.9 * weight + 0.1
