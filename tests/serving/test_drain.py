@@ -4,6 +4,7 @@ import asyncio
 import re
 
 import httpx
+import pytest
 
 from tests.serving.running import complete, prompts_of, serve
 from tests.tiny import tiny_model  # noqa: F401  (a fixture)
@@ -16,6 +17,7 @@ def preemptions(url):
     return float(re.search(r"^vllm:num_preemptions_total\{.*?\} (\S+)$", text, re.MULTILINE)[1])
 
 
+@pytest.mark.slow
 def test_requests_that_lose_their_blocks_meanwhile_still_finish_first(tiny_model):  # noqa: F811
     flags = ["--model", tiny_model, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     flags += ["--kv-cache-memory-bytes", str(30 * BLOCK), "--no-enable-prefix-caching", "--max-num-seqs", "16"]

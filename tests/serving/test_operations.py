@@ -229,6 +229,7 @@ def test_another_ratio_under_load_fails_nobody_and_is_as_good_as_a_fresh_server(
     assert [value for name, value in info.items() if 'pruning_ratio="0.5"' in name] == [0]
 
 
+@pytest.mark.slow
 def test_a_ratio_that_the_longest_request_would_not_fit_with_is_refused(model_path):
     # 2048 tokens at three quarters need 35 blocks of 32, and 40 are there; dense they would need 64.
     block = 32 * 30 * 3 * 64 * 2 * 2
