@@ -1,4 +1,4 @@
-"""Makes the pictures of docs/deploy.md from real runs: `python docs/make_screenshots.py [inspect] [dashboard]`.
+"""Makes docs/inspect.png and docs/dashboard.png from real runs: `python docs/make_screenshots.py [NAME...]`.
 
 Needs Chromium; for the dashboard Prometheus too. Grafana is not needed: each panel's queries are answered by Prometheus
 and drawn by this script in the dashboard's own grid.
