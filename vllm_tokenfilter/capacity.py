@@ -139,12 +139,10 @@ def kv_capacity(
 
 def _layouts(shape: Shape, config: FilterConfig | None) -> list[Layout | None]:
     """The layout of each layer; None where it keeps every token, as layers of a window do."""
-    if config is None or config.layout.removed_per_chunk == 0:
+    if config is None:
         return [None] * len(shape.layers)
-    return [
-        config.layout if layer.kind == "full" and config.filters_layer(index) else None
-        for index, layer in enumerate(shape.layers)
-    ]
+    layouts = config.layouts(len(shape.layers))
+    return [layout if layer.kind == "full" else None for layer, layout in zip(shape.layers, layouts, strict=True)]
 
 
 def _blocks(layer: Layer, layout: Layout | None, context: int, block_size: int, step: int, in_flight: int) -> int:

@@ -109,7 +109,7 @@ def test_vllms_own_metrics_are_served(url, client):
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0", "0.25", "0.75"])
 def test_every_ratio_says_paris(model_path, ratio):
-    with server("--pruning-ratio", ratio) as url:
+    with server("--pruning-ratio", ratio, "--dtype", "float32") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         answer = client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0, max_tokens=20)
         assert "Paris" in answer.choices[0].message.content
