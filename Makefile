@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity verify lock setup clean
+.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping verify lock setup clean
 all: lint test
 
 serve: setup
@@ -40,6 +40,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/attention_speed.py $(ARGS)
+
+bench-skipping: setup
+	$(BIN)/python benchmarks/skipping_speed.py $(ARGS)
 
 bench-capacity: setup
 	$(BIN)/python benchmarks/capacity.py $(ARGS)

@@ -29,6 +29,8 @@ def results_page(results: dict[str, Result]) -> str:
     parts = [_INTRODUCTION]
     if speed := results.get("attention_speed"):
         parts += ["## Decoding against a filtered cache\n", _attention(speed), _origin("attention_speed", speed)]
+    if skipping := results.get("skipping_speed"):
+        parts += ["## Decoding with attention skipped\n", _skipping(skipping), _origin("skipping_speed", skipping)]
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     for name, result in results.items():
@@ -157,6 +159,17 @@ def _attention(result: Result) -> str:
         "between tokens over ours, the other ratios are ours over stock's.\n\n"
         + markdown(rows)
         + f"\n\nResident size of the worker above stock's, as a share of the KV cache: {growth}.\n"
+    )
+
+
+def _skipping(result: Result) -> str:
+    parameters = result["parameters"]
+    rows: Rows = [["speed-up over stock", "median", "least", "greatest"]]
+    for name, values in result["summary"]["speedups"].items():
+        rows.append([name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest"))])
+    return (
+        f"{parameters['requests']} requests x {parameters['tokens']} tokens, {parameters['repeats']} interleaved "
+        f"repeats, all layers; stock's time between tokens over ours.\n\n{markdown(rows)}\n"
     )
 
 
