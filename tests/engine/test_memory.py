@@ -130,7 +130,7 @@ def test_blocks_that_no_request_owns_are_never_touched(engine, model, tokens):
     while engine.engine.has_unfinished_requests():
         free = [b.block_id for b in pool.blocks[1:] if b.ref_cnt == 0 and b.block_hash is None]
         # A seal that is due may still write blocks that were just freed: it is run by the step that reuses them.
-        idle = free if not any(builder._due for builder in builders(engine)) else []
+        idle = free if not any(part.due for builder in engine.builders() for part in builder.parts) else []
         for layer in engine.runner.kv_caches:
             layer[idle] = CANARY
         engine.step()
@@ -141,10 +141,6 @@ def test_blocks_that_no_request_owns_are_never_touched(engine, model, tokens):
             assert (layer[still_free] == CANARY).all(), f"step {step} wrote blocks of no request"
     assert checked > 100 and cache.shape[0] == NUM_BLOCKS
     check(engine, model, names)
-
-
-def builders(engine):
-    return [builder for group in engine.runner.attn_groups for part in group for builder in part.metadata_builders]
 
 
 @pytest.mark.slow
