@@ -120,20 +120,3 @@ def test_decisions_and_log_probabilities_equal_the_reference(engine, model, toke
     status = engine.status()
     assert status["attentions_skipped"] - before["attentions_skipped"] == skipped > 0
     assert status["reads_done"] < status["reads_filtered"] <= status["reads_dense"]
-
-
-def test_served_with_freed_blocks_it_equals_the_reference(model_path, model, tokens):
-    _, settings = settings_of("window, filtered tail")
-    monkeypatch, engine = start(model_path, SETTINGS["window, filtered tail"][0])
-    try:
-        engine.settings = settings
-        assert len(engine.builders()) > 1, "layers of different layouts need groups of their own"
-        run_a_mixed_batch(engine, model, tokens, "served")
-        table = engine.status()["layer_table"]
-        assert [(row["layers"], row["kept_per_chunk"], row["skip_ratio"]) for row in table] == [
-            ("0-9", 64, 0.3),
-            ("10-29", 16, 0.3),
-        ]
-    finally:
-        engine.close()
-        monkeypatch.undo()
