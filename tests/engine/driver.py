@@ -96,9 +96,9 @@ class Engine:
         monkeypatch.setattr(sealing, "seal", watched_seal)
         decide = skip.decide_skips
 
-        def watched_decide(cache, rule, rows, place, ratio_units, kept, num_threads):
-            skipped = decide(cache, rule, rows, place, ratio_units, kept, num_threads)
-            self._saw_skips(rows, self._skipping_layer(kept), skipped)
+        def watched_decide(cache, rule, rows, place, ratio_units, kept, num_threads, into):
+            skipped = decide(cache, rule, rows, place, ratio_units, kept, num_threads, into)
+            self._saw_skips(rows, self._skipping_layer(kept), skipped.copy())
             return skipped
 
         monkeypatch.setattr(skip, "decide_skips", watched_decide)

@@ -121,7 +121,7 @@ def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window):
         rule,
         rows_of(blocks, slot, 1),
         0,
-        np.zeros(1, np.int64),
+        np.ones(1, np.uint8),
         query.numpy(),
         0.3,
         0.0,

@@ -12,6 +12,7 @@ reads. A seal carries it along with the raw tokens.
 Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,7 @@ class SkipStep:
     Attributes:
         layers: the layers.
         rows: the step's rows, for the kernels.
-        seq_lens: int32 [num_rows], what a row attends to if it is not skipped.
-        decoding: bool [num_rows], rows of one new token.
+        decided: what the layer at hand decided.
         warm: tokens of the step behind the warm-up.
         metadata_for: stock metadata of the step with other `seq_lens`.
         counters: of the group.
@@ -101,8 +101,7 @@ class SkipStep:
 
     layers: SkippingLayers
     rows: skip.SkipRows
-    seq_lens: NDArray[np.int32]
-    decoding: NDArray[np.bool_]
+    decided: skip.Decisions
     warm: int
     metadata_for: Callable[[torch.Tensor], Any]
     counters: StepCounters
@@ -150,8 +149,7 @@ class SkipStep:
         return cls(
             layers,
             rows,
-            (slots + query_lens).astype(np.int32),
-            query_lens == 1,
+            skip.Decisions(int(starts[-1]), (slots + query_lens).astype(np.int32)),
             int((query_lens - cold).sum()),
             metadata_for,
             counters,
@@ -178,49 +176,53 @@ class SkipStep:
             scale: of the scores.
             softcap: of the scores; 0 for none.
         """
-        layers, threads = self.layers, torch.get_num_threads()
+        layers, threads, decided = self.layers, torch.get_num_threads(), self.decided
         place = layers.places[index]
-        skipped = skip.decide_skips(
-            layers.paged, layers.rule, self.rows, place, layers.units[index], layers.kept[place], threads
+        skip.decide_skips(
+            layers.paged, layers.rule, self.rows, place, layers.units[index], layers.kept[place], threads, decided
         )
-        idle = (skipped[self.rows.starts[:-1]] != 0) & self.decoding
-        seq_lens = np.where(idle, np.int32(1), self.seq_lens)
-        attend(self.metadata_for(torch.from_numpy(seq_lens)) if idle.any() else metadata)
-        tokens = np.flatnonzero(skipped)
-        self._count(idle, len(tokens))
-        width = output[0].numel()
-        flat = output.view(len(output), width)
+        num_skipped, num_idle, num_read = decided.totals.tolist()
+        # A copy: the metadata may outlive the layer, whose decisions the next one overwrites.
+        attend(self.metadata_for(torch.from_numpy(decided.lengths.copy())) if num_idle else metadata)
+        self._count(num_skipped, num_idle, num_read)
+        count, width = len(decided.skipped), output[0].numel()
+        flat = output.view(len(output), width)[:count]
         match layers.config.attention_skipping.substitute:
             case "none":
-                flat[torch.from_numpy(tokens)] = 0
-            case "window" if len(tokens):
-                chosen = torch.from_numpy(tokens)
-                queries = query[chosen].float().reshape(len(tokens), -1, len(layers.paged.key_dims)).numpy()
+                flat.masked_fill_(self._mask, 0)
+            case "window" if num_skipped:
+                queries = query[:count].float().view(count, -1, len(layers.paged.key_dims)).numpy()
                 near = skip.attend_window(
-                    layers.paged, layers.rule, self.rows, place, tokens, queries, scale, softcap, threads
+                    layers.paged, layers.rule, self.rows, place, decided.skipped, queries, scale, softcap, threads
                 )
-                flat[chosen] = torch.from_numpy(near).view(len(tokens), width).to(flat.dtype)
+                torch.where(self._mask, torch.from_numpy(near).view(count, width).to(flat.dtype), flat, out=flat)
             case "running_output":
-                count = len(skipped)
-                outputs = flat[:count].float().contiguous()
+                outputs = flat.float()
                 skip.average_outputs(
                     layers.paged,
                     layers.rule,
                     self.rows,
-                    skipped,
+                    decided.skipped,
                     layers.means(width)[place],
                     outputs.numpy(),
                     threads,
                 )
-                chosen = torch.from_numpy(tokens)
-                flat[chosen] = outputs[chosen].to(flat.dtype)
+                torch.where(self._mask, outputs.to(flat.dtype), flat, out=flat)
 
-    def _count(self, idle: NDArray[np.bool_], num_skipped: int) -> None:
+    @functools.cached_property
+    def _mask(self) -> torch.Tensor:
+        """The decisions at hand, bool [num_tokens, 1]; the same memory."""
+        return torch.from_numpy(self.decided.skipped).view(torch.bool)[:, None]
+
+    def _count(self, num_skipped: int, num_idle: int, num_read: int) -> None:
         self.counters.attentions_decided += self.warm
         self.counters.attentions_skipped += num_skipped
-        self.counters.reads_done += int(self.seq_lens[self.decoding & ~idle].sum())
+        self.counters.reads_done += num_read
+        if not num_idle:
+            return
         # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
         near = 1
         if self.layers.config.attention_skipping.substitute == "window":
             near += self.layers.rule.sinks + self.layers.rule.window
-        self.counters.reads_done += int(np.minimum(self.seq_lens[idle], near).sum())
+        whole = self.decided.whole[self.decided.lengths < self.decided.whole]
+        self.counters.reads_done += int(np.minimum(whole, near).sum())

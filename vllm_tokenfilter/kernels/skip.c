@@ -55,6 +55,21 @@ static void running_cosines(const float *x, int64_t before, int64_t count, const
   }
 }
 
+/* The same for one token behind `before` others, which is what decoding has: one weighted sum, no cosines on the way. */
+static float last_cosine(const float *x, int64_t before, const struct skip_rule *rule, int64_t dims, float *anchor) {
+  float dot = 0, own = 0, other = 0;
+  for (int64_t d = 0; d < dims; d++) anchor[d] = 0;
+  for (int64_t t = 0; t < before; t++, x += dims)
+    for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d];
+  for (int64_t d = 0; d < dims; d++) {
+    dot += x[d] * anchor[d];
+    own += x[d] * x[d];
+    other += anchor[d] * anchor[d];
+  }
+  float norms = own * other;
+  return norms > 0 ? dot / sqrtf(norms) : 0;
+}
+
 /* Redundancy of the row's new tokens, into out [count]. */
 static void score_row(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
                       int64_t first, int64_t before, int64_t count, float *out) {
@@ -69,7 +84,9 @@ static void score_row(const struct cache *cache, const struct skip_rule *rule, c
         widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % block_size],
               values ? cache->value_dims : cache->key_dims, x + i * dims);
       }
-      running_cosines(x, before, count, rule, dims, anchor, (values ? value_scores : key_scores) + head * count);
+      float *cosines = (values ? value_scores : key_scores) + head * count;
+      if (count == 1) *cosines = last_cosine(x, before, rule, dims, anchor);
+      else running_cosines(x, before, count, rule, dims, anchor, cosines);
     }
   fuse(key_scores, value_scores, heads, count, rule->fusion, out);
   free(x);
@@ -104,12 +121,24 @@ static void decide_row(const struct cache *cache, const struct skip_rule *rule, 
   free(scores);
 }
 
-/* Decide for every token of the step in one layer. ratio in 1 / units; kept [num_slots]; skipped [T]. */
+/* Decide for every token of the step in one layer. ratio in 1 / units; kept [num_slots]; skipped [T].
+   whole [num_rows] is what each row attends to, lengths what is left of it: 1 in a skipped row of one token.
+   totals: tokens skipped; skipped rows of one token; tokens the other rows of one token attend to. */
 void decide_skips(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows, int64_t layer,
-                  int64_t ratio, struct kept *kept, uint8_t *skipped, int64_t num_threads) {
+                  int64_t ratio, struct kept *kept, const int32_t *whole, uint8_t *skipped, int32_t *lengths,
+                  int64_t *totals, int64_t num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t row = 0; row < rows->num_rows; row++)
     decide_row(cache, rule, rows, cache->layer_starts[layer], ratio, row, kept, skipped);
+  totals[0] = totals[1] = totals[2] = 0;
+  for (int64_t row = 0; row < rows->num_rows; row++) {
+    int64_t start = rows->starts[row], end = rows->starts[row + 1];
+    int idle = end - start == 1 && skipped[start];
+    lengths[row] = idle ? 1 : whole[row];
+    totals[1] += idle;
+    if (end - start == 1 && !idle) totals[2] += whole[row];
+    for (int64_t t = start; t < end; t++) totals[0] += skipped[t];
+  }
 }
 
 /* Attention of one token's query heads of one KV head to the slots [0, sinks) and [from, slot]. query, out [group, D]. */
@@ -151,13 +180,14 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
 }
 
 /* The substitute "window" for the skipped tokens of a step in one layer.
-   tokens [n] their indices in the step, ascending; query, out [n, H * group, D]. */
+   skipped [T]; query, out [T, H * group, D], of which the skipped tokens' are written. */
 void attend_window(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows, int64_t layer,
-                   const int64_t *tokens, int64_t n, int64_t group, float scale, float softcap, const float *query,
-                   float *out, int64_t num_threads) {
+                   const uint8_t *skipped, int64_t group, float scale, float softcap, const float *query, float *out,
+                   int64_t num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
-  for (int64_t task = 0; task < n * cache->heads; task++) {
-    int64_t token = tokens[task / cache->heads], head = task % cache->heads, row = 0, end = rows->num_rows;
+  for (int64_t task = 0; task < rows->starts[rows->num_rows] * cache->heads; task++) {
+    int64_t token = task / cache->heads, head = task % cache->heads, row = 0, end = rows->num_rows;
+    if (!skipped[token]) continue;
     while (row + 1 < end) { /* the last row that starts at or before the token */
       int64_t middle = (row + end) / 2;
       if (rows->starts[middle] <= token) row = middle;

@@ -88,6 +88,27 @@ class SkipRows:
         )
 
 
+class Decisions:
+    """What a layer decided; written anew by every layer of a step, so that a step allocates once.
+
+    Attributes:
+        skipped: uint8 [num_tokens], 1 where the attention is skipped.
+        whole: int32 [num_rows], what a row attends to if it is not skipped.
+        lengths: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
+        totals: int64 [3]: tokens skipped; skipped rows of one token; what the other rows of one token attend to.
+    """
+
+    def __init__(self, num_tokens: int, whole: NDArray[np.int32]) -> None:
+        self.skipped, self.whole = np.empty(num_tokens, np.uint8), whole
+        self.lengths, self.totals = np.empty_like(whole), np.empty(3, np.int64)
+        self.addresses = (
+            pointer(self.whole, np.int32),
+            pointer(self.skipped, np.uint8),
+            pointer(self.lengths, np.int32),
+            pointer(self.totals, np.int64),
+        )
+
+
 def decide_skips(
     cache: PagedCache,
     rule: SkipRule,
@@ -96,6 +117,7 @@ def decide_skips(
     ratio_units: int,
     kept: NDArray[np.int64],
     num_threads: int,
+    into: Decisions | None = None,
 ) -> NDArray[np.uint8]:
     """Decide for every token of a step, all of them in the cache, whether one layer skips its attention.
 
@@ -107,11 +129,12 @@ def decide_skips(
         ratio_units: the layer's ratio in 1 / SKIP_UNITS.
         kept: int64 [num_blocks * block_size] of this layer, by physical slot: score and debt of raw tokens, updated.
         num_threads: threads of PyTorch's pool to run on.
+        into: of the step, written; None: new ones.
 
     Returns:
         uint8 [num_tokens], 1 where the attention is skipped.
     """
-    skipped = np.empty(int(rows.starts[-1]), np.uint8)
+    into = into or Decisions(int(rows.starts[-1]), np.ones(len(rows.slots), np.int32))
     load_kernel().decide_skips(
         ctypes.byref(cache.struct),
         ctypes.byref(rule.struct),
@@ -119,10 +142,10 @@ def decide_skips(
         ctypes.c_int64(layer),
         ctypes.c_int64(ratio_units),
         pointer(kept, np.int64),
-        pointer(skipped, np.uint8),
+        *into.addresses,
         ctypes.c_int64(num_threads),
     )
-    return skipped
+    return into.skipped
 
 
 def attend_window(
@@ -130,7 +153,7 @@ def attend_window(
     rule: SkipRule,
     rows: SkipRows,
     layer: int,
-    tokens: NDArray[np.int64],
+    skipped: NDArray[np.uint8],
     queries: NDArray[np.float32],
     scale: float,
     softcap: float,
@@ -143,14 +166,14 @@ def attend_window(
         rule: sinks and window.
         rows: the step.
         layer: index into the cache's layers.
-        tokens: int64 [n], the skipped tokens' indices in the step.
-        queries: float32 [n, num_heads, head_size], theirs.
+        skipped: uint8 [num_tokens], from `decide_skips`.
+        queries: float32 [num_tokens, num_heads, head_size].
         scale: of the scores.
         softcap: of the scores; 0 for none.
         num_threads: threads of PyTorch's pool to run on.
 
     Returns:
-        float32 [n, num_heads, head_size].
+        float32 [num_tokens, num_heads, head_size]; of tokens that are not skipped, anything.
     """
     out = np.empty_like(queries)
     load_kernel().attend_window(
@@ -158,8 +181,7 @@ def attend_window(
         ctypes.byref(rule.struct),
         ctypes.byref(rows.struct),
         ctypes.c_int64(layer),
-        pointer(tokens, np.int64),
-        ctypes.c_int64(len(tokens)),
+        pointer(skipped, np.uint8),
         ctypes.c_int64(queries.shape[1] // cache.num_kv_heads),
         ctypes.c_float(scale),
         ctypes.c_float(softcap),
