@@ -1,5 +1,9 @@
 """Attention skipping against the independent reference, in float32: the same decisions and log-probabilities."""
 
+import inspect
+import textwrap
+
+import numpy as np
 import pytest
 
 from tests import reference
@@ -120,3 +124,56 @@ def test_decisions_and_log_probabilities_equal_the_reference(engine, model, toke
     status = engine.status()
     assert status["attentions_skipped"] - before["attentions_skipped"] == skipped > 0
     assert status["reads_done"] < status["reads_filtered"] <= status["reads_dense"]
+
+
+def test_a_ratio_of_zero_leaves_the_other_mechanism_bitwise_unchanged(engine, model, tokens):
+    filtering, skipping = {"pruning_ratio": 0.5}, {"attention_skipping": {"ratio": 0.5}}
+    pairs = [
+        (filtering, {**filtering, "attention_skipping": {"ratio": 0}}),
+        (
+            {**skipping, "pruning_ratio": 0},
+            {**skipping, "pruning_ratio": 0, "schedule": {"kind": "per_layer", "ratios": [0.0] * LAYERS}},
+        ),
+    ]
+    engine.prefill_steps_of(100)
+    found = {}
+    for number, settings in enumerate(settings for pair in pairs for settings in pair):
+        for builder in engine.builders():
+            builder.use(FilterConfig.parse(settings))
+        names = [f"zero{number}-{length}." for length in (30, 333)]
+        for name, length in zip(names, (30, 333), strict=True):
+            engine.add(name, tokens[:length], 40)
+        while engine.engine.has_unfinished_requests():
+            engine.step()
+        records = [engine.records[name] for name in names]
+        found[number] = [(r.output, r.logprobs, r.runs[0].choice, r.runs[0].skipped) for r in records]
+    assert found[0] == found[1] and any(choice for _, _, choice, _ in found[0])
+    assert found[2] == found[3] and any(skipped for _, _, _, skipped in found[2])
+
+
+def test_every_request_skips_its_layers_share_of_1000_decoded_tokens(engine, model, tokens, prose, model_path):
+    from transformers import AutoTokenizer
+
+    config = FilterConfig.parse(
+        {
+            "pruning_ratio": 0.25,
+            "attention_skipping": {"ratio": 0.5, "substitute": "window", "schedule": {"kind": "linear"}},
+        }
+    )
+    for builder in engine.builders():
+        builder.use(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    code = tokenizer(inspect.getsource(textwrap))["input_ids"][:150]
+    prompts = {"prose": tokens[:150], "code": code, "repetitive": tokenizer("one two three " * 60)["input_ids"][:150]}
+    for name, prompt in prompts.items():
+        engine.add(f"share-{name}.", prompt, 1000)
+    while engine.engine.has_unfinished_requests():
+        engine.step()
+    ratios = np.array(config.skip_units(LAYERS)) / 10000
+    assert np.ptp(ratios) > 0.4
+    for name, prompt in prompts.items():
+        skipped = engine.records[f"share-{name}."].runs[0].skipped
+        shares = {layer: np.mean(decisions[len(prompt) :]) for layer, decisions in skipped.items()}
+        assert len(shares) == np.count_nonzero(ratios)
+        for layer, share in shares.items():
+            assert abs(share - ratios[layer]) <= 0.02, f"{name}, layer {layer}: {share:.4f} for {ratios[layer]:.4f}"

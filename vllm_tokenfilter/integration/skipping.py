@@ -191,13 +191,13 @@ class SkipStep:
             case "none":
                 flat.masked_fill_(self._mask, 0)
             case "window" if num_skipped:
-                queries = query[:count].float().view(count, -1, len(layers.paged.key_dims)).numpy()
+                queries = query[:count].float().contiguous().view(count, -1, len(layers.paged.key_dims)).numpy()
                 near = skip.attend_window(
                     layers.paged, layers.rule, self.rows, place, decided.skipped, queries, scale, softcap, threads
                 )
                 torch.where(self._mask, torch.from_numpy(near).view(count, width).to(flat.dtype), flat, out=flat)
             case "running_output":
-                outputs = flat.float()
+                outputs = flat.float().contiguous()
                 skip.average_outputs(
                     layers.paged,
                     layers.rule,
