@@ -184,6 +184,24 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    out: Annotated[Path, typer.Option(help="The YAML file to write, for vLLM's --config.")],
+    model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
+    ratio: Annotated[float, typer.Option(help="Mean pruning ratio over all layers, at least.")] = 0.5,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 1500,
+    trials: Annotated[int, typer.Option(min=1, help="Questions per kind and depth.")] = 8,
+    text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local text; see docs/evaluation.md.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of PyTorch; default: a GPU if there is one.")] = None,
+    out_json: Annotated[Path | None, typer.Option("--json", help="Also write every trial.")] = None,
+) -> None:
+    """Find once per model which layers recall, and write the settings that prune the others: no user data needed."""
+    from vllm_tokenfilter.cli.tune import Request, run
+
+    run(Request(model, ratio, length, trials, text, data_dir, device, out, out_json))
+
+
+@app.command()
 def plan(
     model_config: Annotated[str, typer.Option(help="A config.json, a folder that holds one, or a Hugging Face id.")],
     context: Annotated[int, typer.Option(help="The longest request, in tokens: vLLM's max_model_len.")],

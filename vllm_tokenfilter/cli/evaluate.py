@@ -27,7 +27,7 @@ def evaluate(plan: Plan, text_source: str | None, out: Path, html: Path | None) 
     if html is not None and not html.parent.is_dir():
         raise EvaluationError([f"html={html} cannot be written: {html.parent} is no folder; choose another place."])
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         evaluation = run(plan, text, out, progress)
     print_tables(evaluation_tables(evaluation.model_dump(mode="json")))
     console.print(f"Written: {out}")
@@ -39,7 +39,8 @@ def evaluate(plan: Plan, text_source: str | None, out: Path, html: Path | None) 
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int], Callable[[], None]]]:
+def progress_bar(console: Console) -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """A bar that shows one stage after the other; yields what is told of each, and returns what to call per unit."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         current: list[Any] = []

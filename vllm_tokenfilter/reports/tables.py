@@ -75,6 +75,30 @@ def _values(cell: dict[str, Any], names: list[str]) -> list[str]:
     return [_NAMES[name][1].format(cell["values"][name]) if name in cell["values"] else "" for name in names]
 
 
+def tuning_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """Two tables: what was found against dense and uniform, and every layer alone, the most damaging first."""
+    scores = {score["name"]: score for score in result["scores"]}
+    dense = scores["dense"]
+
+    def row(score: dict[str, Any]) -> list[str]:
+        ratios = score["ratios"]
+        return [
+            score["name"],
+            f"{sum(ratios) / len(ratios):.3f}",
+            f"{score['token_accuracy']:.1%}",
+            f"{score['answer_logprob'] - dense['answer_logprob']:+.3f}",
+            f"{score['prose_nll'] - dense['prose_nll']:+.4f}",
+        ]
+
+    head = ["pruned", "mean ratio", "answer tokens right", "answer log-probability", "prose log-perplexity"]
+    layers = [score for name, score in scores.items() if name.startswith("layer ")]
+    layers.sort(key=lambda score: score["answer_logprob"] - 10 * max(0.0, score["prose_nll"] - dense["prose_nll"]))
+    return [
+        (f"Tuned: {result['model']}", [head, *(row(scores[name]) for name in ("dense", "tuned", "uniform"))]),
+        (f"One layer pruned at a time: {result['model']}", [head, *map(row, layers)]),
+    ]
+
+
 def benchmark_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
     """One table: a row per server and workload; ratios to stock in brackets."""
     rows = [
