@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping verify lock setup clean
+.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping bench-selection verify lock setup clean
 all: lint test
 
 serve: setup
@@ -43,6 +43,9 @@ bench: setup
 
 bench-skipping: setup
 	$(BIN)/python benchmarks/skipping_speed.py $(ARGS)
+
+bench-selection: setup
+	$(BIN)/python benchmarks/selection_trials.py $(ARGS)
 
 bench-capacity: setup
 	$(BIN)/python benchmarks/capacity.py $(ARGS)

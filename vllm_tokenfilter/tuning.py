@@ -77,6 +77,12 @@ class Score:
     token_accuracy: float = 0.0
     prose_nll: float = 0.0
 
+    @classmethod
+    def of(cls, name: str, config: FilterConfig, num_layers: int) -> "Score":
+        """A setting that is still to be measured."""
+        layouts = config.layouts(num_layers)
+        return cls(name, [layout.effective_ratio if layout else 0.0 for layout in layouts], config.chunk_size)
+
 
 def make_texts(tokenizer: Any, prose: list[int], length: int, trials: int) -> list[Text]:
     """Questions of every kind and depth, and as much running text.
@@ -312,17 +318,15 @@ def tune(
     count, chunk = pruned_layers(ratio, tuner.num_layers)
     singles = [probe_config(layer, tuner.num_layers) for layer in range(tuner.num_layers)]
     dense = FilterConfig.parse({"pruning_ratio": 0})
-    settings = [(_score("dense", dense, tuner.num_layers), dense)]
-    settings += [(_score(f"layer {layer}", own, tuner.num_layers), own) for layer, own in enumerate(singles)]
+    settings = [(Score.of("dense", dense, tuner.num_layers), dense)]
+    settings += [(Score.of(f"layer {layer}", own, tuner.num_layers), own) for layer, own in enumerate(singles)]
     tuner.measure(texts, settings, progress("Pruning one layer at a time", len(texts) * len(settings)))
     damage = [damage_of(score, settings[0][0]) for score, _ in settings[1:]]
     found = heavy_config(choose_layers(damage, count), chunk, tuner.num_layers)
     uniform = FilterConfig.parse({"pruning_ratio": ratio})
-    both = [(_score("tuned", found, tuner.num_layers), found), (_score("uniform", uniform, tuner.num_layers), uniform)]
+    both = [
+        (Score.of("tuned", found, tuner.num_layers), found),
+        (Score.of("uniform", uniform, tuner.num_layers), uniform),
+    ]
     tuner.measure(texts, both, progress("Trying the result", len(texts) * len(both)))
     return [score for score, _ in settings + both], found
-
-
-def _score(name: str, config: FilterConfig, num_layers: int) -> Score:
-    layouts = config.layouts(num_layers)
-    return Score(name, [layout.effective_ratio if layout else 0.0 for layout in layouts], config.chunk_size)

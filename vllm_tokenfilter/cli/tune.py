@@ -60,7 +60,7 @@ def run(request: Request) -> None:
     console = Console(stderr=True)
 
     with console.status(f"Loading {path} ..."):
-        model, tokenizer = _load(path, request.device)
+        model, tokenizer = load_model(path, request.device)
     longest = int(model.config.get_text_config().max_position_embeddings)
     if request.length > longest:
         raise EvaluationError([f"length={request.length} is beyond the model's {longest} tokens; use a shorter one."])
@@ -101,7 +101,16 @@ def _check(request: Request) -> None:
         raise EvaluationError(reasons)
 
 
-def _load(path: str, device: str | None) -> tuple[Any, Any]:
+def load_model(path: str, device: str | None) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        path: folder or Hugging Face id.
+        device: of PyTorch; None: a GPU if there is one.
+
+    Raises:
+        EvaluationError: it cannot be loaded.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

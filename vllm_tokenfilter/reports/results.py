@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tokenfilter.reports.figures import Result
-from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown
+from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown, tuning_tables
 
 _BOOTSTRAP_DRAWS = 2000
 
@@ -34,6 +34,12 @@ def results_page(results: dict[str, Result]) -> str:
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     for name, result in results.items():
+        if result.get("kind") in ("tuning", "selection"):
+            parts += [f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n", _LAYERS]
+            for _, rows in tuning_tables(result):
+                parts.append(markdown(rows) + "\n")
+            parts.append(_origin(name, result))
+    for name, result in results.items():
         if result.get("kind") == "benchmark":
             for title, rows in benchmark_tables(result):
                 parts += [f"## {title}\n", markdown(rows) + "\n"]
@@ -48,6 +54,11 @@ def results_page(results: dict[str, Result]) -> str:
             parts.append(_origin(name, result))
     return "\n".join(parts).rstrip() + "\n"
 
+
+_LAYERS = """
+Log-probability of the answers and log-perplexity of running text are differences to dense, in nats per token, at the
+end of texts that were read whole: [tuning.md](tuning.md).
+"""
 
 _INTERVALS = """
 Ours against each rival on the same windows: perplexity of the rival over ours, with the 95 % interval of

@@ -76,7 +76,7 @@ def _values(cell: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def tuning_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
-    """Two tables: what was found against dense and uniform, and every layer alone, the most damaging first."""
+    """What was tried as a whole, and every layer alone, the most damaging first, where that was measured."""
     scores = {score["name"]: score for score in result["scores"]}
     dense = scores["dense"]
 
@@ -90,13 +90,12 @@ def tuning_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
             f"{score['prose_nll'] - dense['prose_nll']:+.4f}",
         ]
 
-    head = ["pruned", "mean ratio", "answer tokens right", "answer log-probability", "prose log-perplexity"]
+    head = ["setting", "mean ratio", "answer tokens right", "answer log-probability", "prose log-perplexity"]
     layers = [score for name, score in scores.items() if name.startswith("layer ")]
     layers.sort(key=lambda score: score["answer_logprob"] - 10 * max(0.0, score["prose_nll"] - dense["prose_nll"]))
-    return [
-        (f"Tuned: {result['model']}", [head, *(row(scores[name]) for name in ("dense", "tuned", "uniform"))]),
-        (f"One layer pruned at a time: {result['model']}", [head, *map(row, layers)]),
-    ]
+    whole = [row(score) for name, score in scores.items() if not name.startswith("layer ")]
+    tables = [(f"Settings: {result['model']}", [head, *whole])]
+    return tables + ([(f"One layer pruned at a time: {result['model']}", [head, *map(row, layers)])] if layers else [])
 
 
 def benchmark_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:

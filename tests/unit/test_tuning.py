@@ -1,0 +1,124 @@
+"""Finding the layers that recall: what is hidden from a layer, and how layers are chosen."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import reference
+from tests.tiny import tiny_model  # noqa: F401
+from vllm_tokenfilter import tuning
+from vllm_tokenfilter.cli import tune
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.settings_file import read_settings
+
+CLI = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "tune"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("layers", [[], [0], [3], [1, 2]])
+def test_scores_are_those_of_the_reference_with_the_same_layers_pruned(model, layers):
+    draw = torch.Generator().manual_seed(len(layers))
+    tokens = torch.randint(100, 40000, (480,), generator=draw).tolist()
+    ratios = [0.75 if index in layers else 0.0 for index in range(4)]
+    settings = {"pruning_ratio": sum(ratios) / 4, "schedule": {"kind": "per_layer", "ratios": ratios}}
+    config = FilterConfig.parse(settings if layers else {"pruning_ratio": 0})
+    score = tuning.Score("tried", ratios, 64)
+    tuning.Tuner(model).measure([tuning.Text("passkey", tokens, 20)], [(score, config)], lambda: None)
+    # The reference seals between steps: the text is one, its end the next.
+    steps = [len(tokens) - tuning._TAIL, tuning._TAIL]
+    expected = reference.run(model, tokens, steps, reference.Settings(kept_of=dict.fromkeys(layers, 16)))
+    logprobs = expected.logprobs[-21:-1]
+    wanted = logprobs.gather(1, torch.tensor(tokens[-20:])[:, None]).mean()
+    assert abs(score.answer_logprob - float(wanted)) < 1e-3
+    assert score.token_accuracy == float((logprobs.argmax(-1) == torch.tensor(tokens[-20:])).float().mean())
+
+
+def test_hiding_in_one_layer_changes_the_score(model):
+    tokens = torch.randint(100, 40000, (480,), generator=torch.Generator().manual_seed(5)).tolist()
+    scores = [tuning.Score(str(layer), [], 256) for layer in range(4)]
+    dense = tuning.Score("dense", [], 256)
+    settings = [(score, FilterConfig.parse(_only(layer))) for layer, score in enumerate(scores)]
+    tuner = tuning.Tuner(model)
+    tuner.measure(
+        [tuning.Text("passkey", tokens, 20)],
+        [(dense, FilterConfig.parse({"pruning_ratio": 0})), *settings],
+        lambda: None,
+    )
+    assert len({dense.answer_logprob, *(score.answer_logprob for score in scores)}) == 5
+
+
+def _only(layer):
+    ratios = [0.875 if index == layer else 0.0 for index in range(4)]
+    return {"pruning_ratio": 0.875 / 4, "schedule": {"kind": "per_layer", "ratios": ratios}}
+
+
+@given(ratio=st.floats(0.01, 0.99), num_layers=st.integers(2, 100))
+def test_the_mean_ratio_is_met_or_refused(ratio, num_layers):
+    try:
+        count, chunk = tuning.pruned_layers(ratio, num_layers)
+    except EvaluationError as error:
+        assert "use at most" in str(error)
+        return
+    config = tuning.heavy_config(range(count), chunk, num_layers)
+    removed = [layout.effective_ratio if layout else 0 for layout in config.layouts(num_layers)]
+    assert sum(removed) / num_layers >= ratio - 1e-6
+    assert 0 < count < num_layers or num_layers == 1
+    # One layer fewer would not do.
+    assert (count - 1) * (1 - tuning.KEPT / chunk) / num_layers < ratio
+
+
+@given(damage=st.lists(st.floats(-1, 1), min_size=1, max_size=40), data=st.data())
+def test_the_layers_that_lose_least_are_chosen(damage, data):
+    count = data.draw(st.integers(0, len(damage)))
+    chosen = tuning.choose_layers(damage, count)
+    others = [damage[layer] for layer in range(len(damage)) if layer not in chosen]
+    assert len(chosen) == count and chosen == sorted(set(chosen))
+    assert not others or not chosen or max(damage[layer] for layer in chosen) <= min(others)
+
+
+def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F811
+    arguments = ["--model", tiny_model, "--length", "420", "--trials", "1", "--text", "builtin", "--out", "tuned.yaml"]
+    done = subprocess.run(
+        [*CLI, *arguments, "--json", "tuned.json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    config = read_settings(tmp_path / "tuned.yaml")
+    found = json.loads((tmp_path / "tuned.json").read_text())
+    assert config.model_dump(mode="json") == found["settings"]
+    names = [score["name"] for score in found["scores"]]
+    assert names == ["dense", *(f"layer {index}" for index in range(4)), "tuned", "uniform"]
+    assert sum(layout is not None for layout in config.layouts(4)) == tuning.pruned_layers(0.5, 4)[0]
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"ratio": 1.0}, "ratio=1 is no ratio to prune by"),
+        ({"ratio": 0.95}, "ratio=0.95 leaves too few layers whole; use at most"),
+        ({"length": 100}, "length=100 leaves nothing to prune"),
+        ({"length": 9000}, "length=9000 is beyond the model's 4096 tokens"),
+        ({"device": "nonsense"}, "cannot be loaded on nonsense"),
+        ({"text": "/nowhere.txt"}, "text=/nowhere.txt cannot be read"),
+        ({"out": Path("/nowhere/x.yaml")}, "out=/nowhere/x.yaml cannot be written"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(tiny_model, tmp_path, wrong, sentence):  # noqa: F811
+    right = {"model": tiny_model, "ratio": 0.5, "length": 420, "trials": 1, "text": "builtin", "data_dir": None}
+    request = {**right, "device": None, "out": tmp_path / "x.yaml", "json": None, **wrong}
+    with pytest.raises(EvaluationError, match=re.escape(sentence)):
+        tune.run(tune.Request(**request))
+    assert not (tmp_path / "x.yaml").exists()
