@@ -302,7 +302,11 @@ def visible(keys: Tensor, values: Tensor, layout: Layout, config: FilterConfig) 
 
 
 def tune(
-    tuner: Tuner, texts: list[Text], ratio: float, progress: Callable[[str, int], Callable[[], None]]
+    tuner: Tuner,
+    texts: list[Text],
+    ratio: float,
+    progress: Callable[[str, int], Callable[[], None]],
+    known: Sequence[Score] = (),
 ) -> tuple[list[Score], FilterConfig]:
     """Find which layers to prune, and say what the result costs.
 
@@ -311,6 +315,7 @@ def tune(
         texts: from `make_texts`.
         ratio: mean over all layers, at least.
         progress: told of a stage and its units; returns what to call after each.
+        known: "dense" and each layer alone, from an earlier run on the same texts; measured if there are none.
 
     Returns:
         Every setting measured ("dense", each layer alone, "tuned", "uniform"), and the settings found.
@@ -320,8 +325,10 @@ def tune(
     dense = FilterConfig.parse({"pruning_ratio": 0})
     settings = [(Score.of("dense", dense, tuner.num_layers), dense)]
     settings += [(Score.of(f"layer {layer}", own, tuner.num_layers), own) for layer, own in enumerate(singles)]
-    tuner.measure(texts, settings, progress("Pruning one layer at a time", len(texts) * len(settings)))
-    damage = [damage_of(score, settings[0][0]) for score, _ in settings[1:]]
+    if not known:
+        tuner.measure(texts, settings, progress("Pruning one layer at a time", len(texts) * len(settings)))
+        known = [score for score, _ in settings]
+    damage = [damage_of(score, known[0]) for score in known[1:]]
     found = heavy_config(choose_layers(damage, count), chunk, tuner.num_layers)
     uniform = FilterConfig.parse({"pruning_ratio": ratio})
     both = [
@@ -329,4 +336,4 @@ def tune(
         (Score.of("uniform", uniform, tuner.num_layers), uniform),
     ]
     tuner.measure(texts, both, progress("Trying the result", len(texts) * len(both)))
-    return [score for score, _ in settings + both], found
+    return [*known, *(score for score, _ in both)], found

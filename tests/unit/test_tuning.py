@@ -1,5 +1,6 @@
 """Finding the layers that recall: what is hidden from a layer, and how layers are chosen."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -91,7 +92,7 @@ def test_the_layers_that_lose_least_are_chosen(damage, data):
 
 
 def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F811
-    arguments = ["--model", tiny_model, "--length", "420", "--trials", "1", "--text", "builtin", "--out", "tuned.yaml"]
+    arguments = ["--model", tiny_model, "--length", "600", "--trials", "1", "--text", "builtin", "--out", "tuned.yaml"]
     done = subprocess.run(
         [*CLI, *arguments, "--json", "tuned.json"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -102,6 +103,22 @@ def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F
     names = [score["name"] for score in found["scores"]]
     assert names == ["dense", *(f"layer {index}" for index in range(4)), "tuned", "uniform"]
     assert sum(layout is not None for layout in config.layouts(4)) == tuning.pruned_layers(0.5, 4)[0]
+    # Another ratio from the same trials.
+    request = {"model": tiny_model, "ratio": 0.25, "length": 600, "trials": 1, "text": "builtin", "data_dir": None}
+    again = tune.Request(
+        **request, device=None, out=tmp_path / "quarter.yaml", json=tmp_path / "q.json", reuse=tmp_path / "tuned.json"
+    )
+    tune.run(again)
+    assert json.loads((tmp_path / "q.json").read_text())["scores"][:5] == found["scores"][:5]
+    least = min(range(4), key=lambda layer: tuning.damage_of(*_pair(found, layer)))
+    assert read_settings(tmp_path / "quarter.yaml").schedule.ratios[least] > 0
+    with pytest.raises(EvaluationError, match="was measured with trials=1, not 2"):
+        tune.run(dataclasses.replace(again, trials=2))
+
+
+def _pair(found, layer):
+    scores = {score["name"]: tuning.Score(**score) for score in found["scores"]}
+    return scores[f"layer {layer}"], scores["dense"]
 
 
 @pytest.mark.parametrize(
@@ -113,12 +130,13 @@ def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F
         ({"length": 9000}, "length=9000 is beyond the model's 4096 tokens"),
         ({"device": "nonsense"}, "cannot be loaded on nonsense"),
         ({"text": "/nowhere.txt"}, "text=/nowhere.txt cannot be read"),
+        ({"reuse": Path("/nowhere.json")}, "reuse=/nowhere.json is no result file of tune"),
         ({"out": Path("/nowhere/x.yaml")}, "out=/nowhere/x.yaml cannot be written"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(tiny_model, tmp_path, wrong, sentence):  # noqa: F811
-    right = {"model": tiny_model, "ratio": 0.5, "length": 420, "trials": 1, "text": "builtin", "data_dir": None}
-    request = {**right, "device": None, "out": tmp_path / "x.yaml", "json": None, **wrong}
+    right = {"model": tiny_model, "ratio": 0.5, "length": 600, "trials": 1, "text": "builtin", "data_dir": None}
+    request = {**right, "device": None, "out": tmp_path / "x.yaml", "json": None, "reuse": None, **wrong}
     with pytest.raises(EvaluationError, match=re.escape(sentence)):
         tune.run(tune.Request(**request))
     assert not (tmp_path / "x.yaml").exists()

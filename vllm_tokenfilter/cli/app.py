@@ -194,11 +194,14 @@ def tune(
     data_dir: Annotated[Path | None, typer.Option(help="Local text; see docs/evaluation.md.")] = None,
     device: Annotated[str | None, typer.Option(help="Of PyTorch; default: a GPU if there is one.")] = None,
     out_json: Annotated[Path | None, typer.Option("--json", help="Also write every trial.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Take the layers' trials from such a file: another ratio in a minute.")
+    ] = None,
 ) -> None:
     """Find once per model which layers recall, and write the settings that prune the others: no user data needed."""
     from vllm_tokenfilter.cli.tune import Request, run
 
-    run(Request(model, ratio, length, trials, text, data_dir, device, out, out_json))
+    run(Request(model, ratio, length, trials, text, data_dir, device, out, out_json, reuse))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from vllm_tokenfilter.evaluation.texts import load_text
 from vllm_tokenfilter.models import default_model_path
 from vllm_tokenfilter.provenance import provenance
 from vllm_tokenfilter.reports.tables import tuning_tables
-from vllm_tokenfilter.tuning import KEPT, Tuner, make_texts, pruned_layers, tune
+from vllm_tokenfilter.tuning import KEPT, Score, Tuner, make_texts, pruned_layers, tune
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Request:
         device: of PyTorch; None: a GPU if there is one.
         out: the YAML file.
         json: the result file; None for none.
+        reuse: a result file whose layers are taken over; None to measure them.
     """
 
     model: str | None
@@ -44,6 +45,7 @@ class Request:
     device: str | None
     out: Path
     json: Path | None
+    reuse: Path | None
 
 
 def run(request: Request) -> None:
@@ -68,9 +70,11 @@ def run(request: Request) -> None:
     pruned_layers(request.ratio, tuner.num_layers)
     tokens = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
     texts = make_texts(tokenizer, tokens, request.length, request.trials)
-    with progress_bar(console) as progress:
-        scores, found = tune(tuner, texts, request.ratio, progress)
     name = Path(path).name if request.model is None else path
+    origin = {"model": name, "text": source, "length": request.length, "trials": request.trials}
+    known = [] if request.reuse is None else _layers_of(request.reuse, origin, tuner.num_layers)
+    with progress_bar(console) as progress:
+        scores, found = tune(tuner, texts, request.ratio, progress, known)
     result = {
         "kind": "tuning",
         **provenance(),
@@ -92,8 +96,8 @@ def _check(request: Request) -> None:
     reasons = []
     if not 0 < request.ratio < 1:
         reasons.append(f"ratio={request.ratio:g} is no ratio to prune by; use one above 0 and below 1.")
-    if request.length < 400:
-        reasons.append(f"length={request.length} leaves nothing to prune behind the recent window; use at least 400.")
+    if request.length < 600:
+        reasons.append(f"length={request.length} leaves nothing to prune behind the recent window; use at least 600.")
     for option, file in (("out", request.out), ("json", request.json)):
         if file is not None and not file.parent.is_dir():
             reasons.append(f"{option}={file} cannot be written: {file.parent} is no folder; choose another place.")
@@ -125,6 +129,21 @@ def load_model(path: str, device: str | None) -> tuple[Any, Any]:
                 "--device."
             ]
         ) from None
+
+
+def _layers_of(path: Path, origin: dict[str, Any], num_layers: int) -> list[Score]:
+    """Dense and every layer alone as an earlier run found them."""
+    try:
+        before = json.loads(path.read_text())
+        theirs = {"model": before["model"], "text": before["text"], **before["parameters"]}
+        by_name = {score["name"]: Score(**score) for score in before["scores"]}
+        known = [by_name[name] for name in ("dense", *(f"layer {layer}" for layer in range(num_layers)))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError([f"reuse={path} is no result file of tune for this model ({error!r})."]) from None
+    for key, value in origin.items():
+        if theirs[key] != value:
+            raise EvaluationError([f"reuse={path} was measured with {key}={theirs[key]}, not {value}; leave it out."])
+    return known
 
 
 def _write(path: Path, text: str) -> None:

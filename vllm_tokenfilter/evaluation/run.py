@@ -168,7 +168,12 @@ def _open(plan: Plan, text_name: str, out: Path) -> Evaluation:
             raise EvaluationError(
                 [f"json={out} was measured with {name}={getattr(old, name)}, not {value}; choose another name."]
             )
-    return fresh.model_copy(update={"cells": old.cells})
+    # A file of an earlier version lacks the settings that came later, which had no effect then.
+    whole = [
+        cell.model_copy(update={"settings": FilterConfig.parse(cell.settings).model_dump(mode="json")})
+        for cell in old.cells
+    ]
+    return fresh.model_copy(update={"cells": whole})
 
 
 def _write(evaluation: Evaluation, out: Path) -> None:

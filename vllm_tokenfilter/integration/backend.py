@@ -294,7 +294,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             step.query_lens,
             step.shared,
             part.layout,
-            functools.partial(self._with_seq_lens, step.common_prefix_len, common, step.fast_build),
+            functools.partial(self._with_seq_lens, step.common_prefix_len, common.replace(), step.fast_build),
             self.counters,
         )
         return TokenFilteringMetadata(**vars(metadata), skip=skip)
@@ -302,8 +302,12 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
     def _with_seq_lens(
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool, seq_lens: torch.Tensor
     ) -> CPUAttentionMetadata:
-        """Stock metadata of the step with other `seq_lens`, none longer than before."""
-        return super().build(common_prefix_len, common.replace(seq_lens=seq_lens.to(common.seq_lens.dtype)), fast_build)
+        """Stock metadata of the step with other `seq_lens`, none longer than before, written into `common`.
+
+        Called in every layer, where making a new description of the step would take longer than the stock builder.
+        """
+        common.seq_lens = seq_lens
+        return super().build(common_prefix_len, common, fast_build)
 
     def _take_out_marks(
         self, common: CommonAttentionMetadata, num_computed: NDArray[np.int64]
