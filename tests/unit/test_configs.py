@@ -31,4 +31,5 @@ def test_a_shipped_config_parses(parser, path):
     if path.stem != "dense":
         assert parsed.attention_backend == "TOKEN_FILTERING"
         ours = parsed.additional_config["token_filtering"]
-        assert ours["pruning_ratio"] == 0.5 or ours["attention_skipping"]["ratio"] == 0.5
+        pruned = 0.7583 if path.stem.endswith("-75") else 0.5
+        assert ours["pruning_ratio"] == pruned or ours["attention_skipping"]["ratio"] == pruned
