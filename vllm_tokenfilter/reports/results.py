@@ -67,7 +67,7 @@ end of texts that were read whole: [tuning.md](tuning.md).
 _PAPER = """
 Zero-shot accuracy in percent, its standard error in brackets. For 128 tokens and the tasks, whose texts are short,
 chunk, recent window and warm-up are 16 tokens; for 2048 tokens they are those of the settings. The published row is of
-a model a hundred times larger and stands here only to name the paper's figures: nothing in it can be compared with ours.
+a model a hundred times larger and stands here only to name the paper's figures: nothing in it compares with ours.
 """
 
 _INTERVALS = """
