@@ -147,7 +147,8 @@ def _pretend_generators():
     torch.Generator = Generator
 
 
-def _pretend_driver():
+def pretend_driver():
+    """Triton has an active driver, of compute capability 9.0, that launches nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -282,7 +283,7 @@ def install():
     """From now on this process has a GPU, as far as vLLM can tell."""
     _pretend_device()
     _pretend_generators()
-    _pretend_driver()
+    pretend_driver()
     _pretend_extensions()
     _pretend_platform()
     _skip_warmup()

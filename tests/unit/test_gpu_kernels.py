@@ -8,6 +8,7 @@ import torch
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels import cpu, gpu
+from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
@@ -82,14 +83,10 @@ def settings(layout, **rule):
     )
 
 
-def rule_of(config):
-    return cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
-
-
 def seal(layers, tables, lengths, computed, shared, layout, rule, cache=None, gather=None):
     """Seal what a step from `computed` to `lengths` made due; returns row -> chunk -> kept [num_layers, K]."""
     cache = cache or gpu.GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
-    plan = gpu.plan_seals(np.array(computed), np.array(lengths), cache.block_size, layout)
+    plan = plan_seals(np.array(computed), np.array(lengths), cache.block_size, layout)
     due = gpu.DueSeals.snapshot(plan, torch.from_numpy(tables), torch.tensor(shared, dtype=torch.int32))
     kept = gpu.seal_chunks(cache, due, layout, rule, gather)
     found, task = {}, 0
@@ -130,7 +127,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name):
             write(layer, tables[row], 0, keys, values)
     before = [bits(layer).clone() for layer in layers]
 
-    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, rule_of(config))
+    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, cpu.ScoreRule.of(config))
 
     assert sorted(found) == [0, 2], "a row below the window and a chunk is left alone"
     for row in (0, 2):
@@ -300,7 +297,7 @@ def test_the_byte_floor_counts_one_chunk_read_and_the_moves_of_a_decode_seal():
     layout = Layout(64, 32, 64, 4, 64)
     layers = make_layers(torch.bfloat16, 2, 8, 3, 16, 64, True)
     cache = gpu.GpuCache.over(layers, [0, 1], torch.bfloat16)
-    plan = gpu.plan_seals(np.array([255]), np.array([256]), 16, layout)
+    plan = plan_seals(np.array([255]), np.array([256]), 16, layout)
     token = 2 * 3 * 2 * 64 * 2  # layers, heads, K and V, elements, bytes
     # Chunk 3 and its 64 predecessors are read; 32 kept tokens and 64 raw ones are read and written.
     assert gpu.seal_bytes_floor(cache, plan, layout) == (64 + 64 + 2 * (32 + 64)) * token

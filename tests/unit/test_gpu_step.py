@@ -218,3 +218,73 @@ def test_a_group_of_dense_layers_passes_through_and_is_counted_with_its_reason()
     prefix, given, *_ = builder.build(3, now)
     assert prefix == 3 and given is now
     assert builder.counters.rows_dense == {"configured_dense": 1}
+
+
+class Event:
+    """Stands in for a CUDA event: done when the test says so, at the millisecond it was recorded."""
+
+    now = 0.0
+    done = 0.0
+
+    def record(self):
+        Event.now += 5.0
+        self.at = Event.now
+
+    def query(self):
+        return self.at <= Event.done
+
+    def elapsed_time(self, other):
+        assert other.query(), "asked of an event that is not done: that waits"
+        return other.at - self.at
+
+
+def test_the_time_of_seals_is_read_once_the_device_has_passed_them_and_never_waited_for(monkeypatch):
+    from vllm_tokenfilter.integration import gpu_clock
+    from vllm_tokenfilter.integration.counters import StepCounters
+
+    made = []
+    monkeypatch.setattr(gpu_clock, "_event", lambda: made.append(Event()) or made[-1])
+    counters = StepCounters()
+    clock = gpu_clock.SealClock(counters, torch.device("cuda"))
+    for _ in range(3):
+        with clock.measure():
+            pass
+    clock.settle()
+    assert counters.seal_seconds == 0 and len(made) == 6, "the device has done none yet"
+    Event.done = made[3].at
+    clock.settle()
+    assert counters.seal_seconds == pytest.approx(2 * 0.005)
+    with clock.measure():
+        pass
+    assert len(made) == 6, "events that were read are used again"
+    Event.done = Event.now
+    clock.settle()
+    assert counters.seal_seconds == pytest.approx(4 * 0.005)
+
+
+def test_the_steps_time_their_seals():
+    steps = make_steps()
+    tables = np.arange(24, dtype=np.int32)[None]
+    steps.adjust(step([0], [200], tables))
+    assert steps.counters.seal_seconds == 0, "warming the kernels up is no seal"
+    steps.adjust(step([200], [1], tables))
+    assert steps.counters.seals == 1 and steps.counters.seal_seconds > 0
+
+
+@pytest.mark.parametrize("ranks, total", [(2, 4), (4, 2), (4, 1)])
+def test_ranks_join_every_head_once_in_the_models_order(monkeypatch, ranks, total):
+    pytest.importorskip("vllm")
+    from vllm_tokenfilter.integration import gpu_backend
+
+    own, replicas = max(1, total // ranks), max(1, ranks // total)
+    heads = [list(range(rank // replicas * own, rank // replicas * own + own)) for rank in range(ranks)]
+    scores = [torch.tensor(rank, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 3, -1, 2, 8) for rank in heads]
+
+    class Group:
+        def all_gather(self, mine, dim):
+            assert mine.shape == scores[0].shape
+            return torch.cat(scores, dim)
+
+    monkeypatch.setattr(gpu_backend, "get_tp_group", Group)
+    joined = gpu_backend._gather_heads(total, scores[0])
+    assert joined.shape == (2, 3, total, 2, 8) and joined[1, 2, :, 0, 5].tolist() == list(range(total))

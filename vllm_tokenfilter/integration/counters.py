@@ -56,6 +56,12 @@ class StepCounters:
     reads_filtered: int = 0
     reads_done: int = 0
 
+    def count_rows(self, rows: int, filtered: int) -> None:
+        """Add a step's rows, `filtered` of which read a cache from which something was removed; the rest are short."""
+        self.rows_filtered += filtered
+        if filtered < rows:
+            self.rows_dense[DenseReason.SHORT] += rows - filtered
+
     def count_sealed(self, sealed: int, pruned: int, share: float) -> None:
         """Add what one seal did in `share` of the group's filtered layers."""
         self.tokens_sealed += sealed * share
