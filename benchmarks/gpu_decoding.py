@@ -62,10 +62,25 @@ class Kernel:
         """One layer; `cache` is [num_blocks, kv_heads, block_size, 2 * head_size]."""
         raise NotImplementedError
 
-    @staticmethod
-    def _split(cache: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-        keys, values = cache.transpose(1, 2).split(head_size, dim=-1)
-        return keys, values
+    def _common(
+        self, query: Tensor, cache: Tensor, seq_lens: Tensor, longest: int, table: Tensor, out: Tensor
+    ) -> dict[str, Any]:
+        """What both kernels take under the same names; arguments as in `attend`."""
+        keys, values = cache.transpose(1, 2).split(query.shape[2], dim=-1)
+        return dict(
+            q=query,
+            k=keys,
+            v=values,
+            out=out,
+            cu_seqlens_q=self._starts,
+            max_seqlen_q=1,
+            seqused_k=seq_lens,
+            max_seqlen_k=longest,
+            softmax_scale=self._scale,
+            causal=True,
+            block_table=table,
+            softcap=0,
+        )
 
 
 class TritonAttention(Kernel):
@@ -95,21 +110,9 @@ class TritonAttention(Kernel):
 
     def attend(self, query: Tensor, cache: Tensor, seq_lens: Tensor, longest: int, table: Tensor, out: Tensor) -> None:
         """See `Kernel.attend`."""
-        keys, values = self._split(cache, query.shape[2])
         self._unified_attention(
-            q=query,
-            k=keys,
-            v=values,
-            out=out,
-            cu_seqlens_q=self._starts,
-            max_seqlen_q=1,
-            seqused_k=seq_lens,
-            max_seqlen_k=longest,
-            softmax_scale=self._scale,
-            causal=True,
+            **self._common(query, cache, seq_lens, longest, table, out),
             window_size=(-1, -1),
-            block_table=table,
-            softcap=0,
             q_descale=None,
             k_descale=None,
             v_descale=None,
@@ -139,21 +142,9 @@ class FlashAttention(Kernel):
 
     def attend(self, query: Tensor, cache: Tensor, seq_lens: Tensor, longest: int, table: Tensor, out: Tensor) -> None:
         """See `Kernel.attend`."""
-        keys, values = self._split(cache, query.shape[2])
         self._flash_attention(
-            q=query,
-            k=keys,
-            v=values,
-            out=out,
-            cu_seqlens_q=self._starts,
-            max_seqlen_q=1,
-            seqused_k=seq_lens,
-            max_seqlen_k=longest,
-            softmax_scale=self._scale,
-            causal=True,
+            **self._common(query, cache, seq_lens, longest, table, out),
             window_size=[-1, -1],
-            softcap=0,
-            block_table=table,
             fa_version=self._version,
         )
 
@@ -228,19 +219,21 @@ class Requests:
             torch.zeros(self._batch, dtype=torch.int64, device=self._device),
         )
 
-    def attention_of_first_row(self, query: Tensor, seq_len: int) -> Tensor:
-        """What attention over its first `seq_len` slots gives in the last layer, in plain PyTorch: [heads, head_size].
+    def plain_attention(self, query: Tensor, seq_len: int) -> Tensor:
+        """The first row's attention over `seq_len` slots of the last layer's first KV head, in plain PyTorch.
 
         Args:
             query: [batch, query_heads, head_size].
             seq_len: slots read.
+
+        Returns:
+            float32 [query heads of one KV head, head_size].
         """
         cache, slots = self.caches[-1], torch.arange(seq_len, device=self._device)
-        stored = cache[self.table[0, slots // self._block_size].long(), :, slots % self._block_size].transpose(0, 1)
-        keys, values = stored.float().split(query.shape[2], dim=-1)
-        grouped = query[0].float().view(keys.shape[0], -1, query.shape[2])
-        weights = (grouped @ keys.transpose(1, 2) * query.shape[2] ** -0.5).softmax(-1)
-        return (weights @ values).flatten(0, 1)
+        stored = cache[self.table[0, slots // self._block_size].long(), 0, slots % self._block_size].float()
+        keys, values = stored.split(query.shape[2], dim=-1)
+        own = query[0, : query.shape[1] // cache.shape[1]].float()
+        return (own @ keys.T * query.shape[2] ** -0.5).softmax(-1) @ values
 
     def due(self, config: FilterConfig, computed: int, new: int, rows: int) -> gpu.DueSeals:
         """What a step of `new` tokens for each of the first `rows` requests makes due."""
