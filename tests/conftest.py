@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 
 import pytest
 
@@ -25,6 +26,28 @@ def _interpret_triton_where_there_is_no_gpu():
 
 
 _interpret_triton_where_there_is_no_gpu()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Our GPU kernels as Python functions; Triton decides that when they are decorated."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: tests/gpu runs these tests on it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in [name for name in sys.modules if name.startswith("vllm_tokenfilter.kernels.triton_")]:
+            patch.delitem(sys.modules, name)
+        yield
+
+
+@pytest.fixture
+def device():
+    """Where tests of the GPU's kernels put their tensors; tests/gpu has another answer."""
+    import torch
+
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
