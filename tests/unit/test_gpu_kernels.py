@@ -12,7 +12,7 @@ from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
-MODULES = ("vllm_tokenfilter.kernels.triton_seal", "vllm_tokenfilter.kernels.triton_lengths")
+MODULES = tuple(f"vllm_tokenfilter.kernels.triton_{name}" for name in ("seal", "lengths", "skip"))
 
 
 @pytest.fixture(scope="module", autouse=True)
