@@ -18,6 +18,7 @@ from vllm_tokenfilter.layout import Layout
 pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
+from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu_skipping import SkippingGroup, SkippingImpl
 
 META = torch.device("meta")
@@ -115,8 +116,11 @@ def group_of(substitute="none", layout=None, num_layers=2):
         return gpu.GpuCache.over(caches, list(layers), torch.bfloat16)
 
     units = tuple(1000 * index for index in range(8))
-    group = SkippingGroup(config, layers, units, layout, MAX_REQS, MAX_TOKENS, META, open_cache)
+    group = SkippingGroup(config, layers, units, layout, MAX_REQS, MAX_TOKENS, META, StepCounters(), open_cache)
     return group, list(layers.values()), opened
+
+
+WARM_UP = ["describe_rows", "compare_tokens", "decide_rows"]
 
 
 def run_step(group, layers, num_reqs, num_tokens, max_query_len, shared=None):
@@ -140,9 +144,9 @@ def test_a_layer_decides_attends_to_the_shortened_lengths_and_substitutes(launch
     group, layers, opened = group_of(substitute)
     metadata, outputs = run_step(group, layers, 5, 5, 1)
     per_layer = ["compare_tokens", "decide_rows", SUBSTITUTES[substitute]]
-    assert [name for name, *_ in launches] == ["describe_rows", *2 * per_layer]
+    assert [name for name, *_ in launches] == [*WARM_UP, *2 * per_layer]
     by_name = {}
-    for name, grid, arguments, constants in launches:
+    for name, grid, arguments, constants in launches[len(WARM_UP) :]:
         by_name.setdefault(name, []).append((grid, arguments, constants))
     assert [grid for grid, *_ in by_name["compare_tokens"]] == 2 * [(5, KV_HEADS)]
     for place, (grid, arguments, constants) in enumerate(by_name["decide_rows"]):
@@ -158,6 +162,8 @@ def test_a_layer_decides_attends_to_the_shortened_lengths_and_substitutes(launch
 
 def test_a_steps_launches_depend_on_its_shape_alone_and_write_where_the_last_one_did(launches):
     group, layers, _ = group_of()
+    run_step(group, layers, 1, 1, 1)
+    launches.clear()
     run_step(group, layers, 5, 5, 1)
     first = launches[:]
     launches.clear()
@@ -179,7 +185,7 @@ def test_a_steps_launches_depend_on_its_shape_alone_and_write_where_the_last_one
 def test_a_prefill_step_goes_the_same_way(launches):
     group, layers, _ = group_of()
     run_step(group, layers, 3, 60, 40)
-    assert [constants["TILE"] for name, _, _, constants in launches if name == "decide_rows"] == [32, 32]
+    assert [constants["TILE"] for name, _, _, constants in launches if name == "decide_rows"] == [32, 32, 32]
 
 
 def test_steps_beyond_what_the_buffers_were_made_for_are_no_silent_overrun(launches):
@@ -229,6 +235,10 @@ def test_queries_and_outputs_stay_in_the_models_type_where_attention_may_be_skip
 
 def test_what_the_device_counted_is_read_when_it_is_asked_for():
     group, _, _ = group_of()
-    buffers = vars(group._buffers)
-    buffers["totals"] = torch.tensor([[3, 1, 50], [4, 2, 7]])
-    assert group.totals() == {"attentions_decided": 7, "attentions_skipped": 3, "reads_done": 57}
+    buffers, counters = vars(group._buffers), group._counters
+    counters.reads_done = 1000  # of layers that do not skip
+    for totals, decided in ([[3, 1, 50], [4, 2, 7]], 7), ([[5, 1, 50], [4, 2, 7]], 9):
+        buffers["totals"] = torch.tensor(totals)
+        group.settle()
+        found = counters.attentions_decided, counters.attentions_skipped, counters.reads_done
+        assert found == (decided, 3, 1057)

@@ -15,7 +15,7 @@ Source: vllm/v1/attention/backends/triton_attn.py, flash_attn.py, flashinfer.py;
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -85,7 +85,8 @@ class FilteringBuilder:
             if self._steps:
                 self._steps.followed_by(self._skipping.follow, len(skipping))
         # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
-        Finalize(self, _log_totals, args=(self.counters, self._skipping), exitpriority=10)
+        settle = self._skipping.settle if self._skipping else None
+        Finalize(self, _log_totals, args=(self.counters, settle), exitpriority=10)
 
     def _make_skipping(
         self, skipping: dict[int, Attention], vllm_config: VllmConfig, device: torch.device
@@ -97,6 +98,7 @@ class FilteringBuilder:
             self._steps.layout if self._steps else None,
             vllm_config,
             device,
+            self.counters,
             functools.partial(
                 _open_cache, list(skipping), list(skipping.values()), vllm_config.cache_config.cache_dtype
             ),
@@ -133,6 +135,8 @@ class FilteringBuilder:
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
+        if self._skipping is not None:
+            self._skipping.settle()
         mode = self._vllm_config.compilation_config.cudagraph_mode
         return {
             **status.describe(
@@ -142,7 +146,7 @@ class FilteringBuilder:
                 list(self._layers_skipping),
                 self._unskipped,
                 num_layers(self._vllm_config),
-                _totals(self.counters, self._skipping),
+                self.counters.as_dict(),
             ),
             "inner_backend": self.inner_name,
             "cudagraph_mode": mode.name if mode is not None else "NONE",
@@ -266,14 +270,8 @@ def _sort_all_layers_once(vllm_config: VllmConfig, inner_name: str) -> None:
     logger.info("%s", block)
 
 
-def _totals(counters: StepCounters, skipping: SkippingGroup | None) -> dict[str, Any]:
-    """What the host counted, and the device beside it."""
-    totals = counters.as_dict()
-    for name, count in (skipping.totals() if skipping else {}).items():
-        totals[name] += count
-    return totals
-
-
-def _log_totals(counters: StepCounters, skipping: SkippingGroup | None) -> None:
+def _log_totals(counters: StepCounters, settle: Callable[[], None] | None) -> None:
+    if settle is not None:
+        settle()
     if counters.tokens_seen:
-        logger.info("%s", status.totals_line(_totals(counters, skipping)))
+        logger.info("%s", status.totals_line(counters.as_dict()))

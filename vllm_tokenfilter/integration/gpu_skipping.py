@@ -24,6 +24,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
+from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.kernels import gpu, gpu_skip
 from vllm_tokenfilter.kernels.skip import SkipRule
 from vllm_tokenfilter.layout import Layout
@@ -57,6 +58,7 @@ class SkippingGroup:
         max_num_reqs: int,
         max_num_tokens: int,
         device: torch.device,
+        counters: StepCounters,
         open_cache: Callable[[], gpu.GpuCache],
     ) -> None:
         """Prepare, and tell the layers' implementations.
@@ -69,6 +71,7 @@ class SkippingGroup:
             max_num_reqs: most rows of a step, padding included.
             max_num_tokens: most tokens of a step, padding included.
             device: where the step's tensors lie.
+            counters: of the group; `settle` brings them up to date.
             open_cache: called once, when the KV cache exists, for a view of their caches in the order of `layers`.
         """
         self._rule, self._layout, self._open_cache = SkipRule.of(config), layout, open_cache
@@ -78,6 +81,7 @@ class SkippingGroup:
         self._mean_width = first.num_heads * first.head_size if self._substitute == "running_output" else 0
         self._buffers = gpu_skip.SkipBuffers.make(max_num_reqs, max_num_tokens, first.num_kv_heads, device)
         self._kept: gpu_skip.KeptOnDevice | None = None
+        self._counters, self._settled = counters, (0, 0, 0)
         for place, layer in enumerate(layers.values()):
             layer.impl.skipping = (self, place)
 
@@ -90,13 +94,16 @@ class SkippingGroup:
         layout: Layout | None,
         vllm_config: VllmConfig,
         device: torch.device,
+        counters: StepCounters,
         open_cache: Callable[[], gpu.GpuCache],
     ) -> "SkippingGroup":
         """Prepare for the largest step that the configuration allows."""
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         max_num_tokens = max(scheduler.max_num_batched_tokens, *captured)
-        return cls(config, layers, units, layout, scheduler.max_num_seqs + 1, max_num_tokens, device, open_cache)
+        return cls(
+            config, layers, units, layout, scheduler.max_num_seqs + 1, max_num_tokens, device, counters, open_cache
+        )
 
     def attach(self, metadata: Any, step: Any, seq_lens: Tensor, shared_chunks: Tensor | None) -> None:
         """Make vLLM's metadata of a step known to skip by; one launch.
@@ -107,8 +114,6 @@ class SkippingGroup:
             seq_lens: int32 [num_reqs] on the device, tokens once the step is done.
             shared_chunks: int32 [num_reqs], chunks taken over sealed; None where nothing is filtered.
         """
-        if self._kept is None:
-            self._kept = self._keep()  # in the first dummy run, so that no request waits for it
         num_reqs = seq_lens.shape[0]
         gpu_skip.describe_rows(step.query_start_loc, seq_lens, shared_chunks, self._buffers, self._layout)
         rows = gpu_skip.SkipRowsOnDevice(
@@ -120,6 +125,11 @@ class SkippingGroup:
             metadata.num_actual_tokens,
             metadata.max_query_len == 1,
         )
+        if self._kept is None:
+            # In the first dummy run, so that no request waits for it, or for Triton's compiler when it prefills.
+            self._kept = self._keep()
+            nowhere = dataclasses.replace(rows, slot_mapping=torch.full_like(rows.slot_mapping, -1), decoding=False)
+            gpu_skip.decide(self._kept, self._rule, nowhere, self._buffers, 0, self._units[0], self._substitute)
         shortened = dataclasses.replace(metadata, seq_lens=self._buffers.read_lens[:num_reqs])
         setattr(metadata, _STEP, SkipStep(rows, shortened))
 
@@ -154,10 +164,14 @@ class SkippingGroup:
             assert self._layout is not None
             gpu_skip.follow_seals(self._kept, due, self._layout)
 
-    def totals(self) -> dict[str, int]:
-        """What the device counted, by the names of `StepCounters`; waits for the device."""
-        decided, skipped, read = self._buffers.totals.sum(0).tolist()
-        return {"attentions_decided": decided, "attentions_skipped": skipped, "reads_done": read}
+    def settle(self) -> None:
+        """Add to the counters what the device counted since; waits for the device."""
+        counted = tuple(self._buffers.totals.sum(0).tolist())
+        decided, skipped, read = (now - before for now, before in zip(counted, self._settled, strict=True))
+        self._counters.attentions_decided += decided
+        self._counters.attentions_skipped += skipped
+        self._counters.reads_done += read
+        self._settled = counted
 
     def _keep(self) -> gpu_skip.KeptOnDevice:
         cache = self._open_cache()
