@@ -359,3 +359,24 @@ def test_the_bytes_of_means_are_what_is_allocated():
     cache = gpu.GpuCache.over(make_layers(torch.bfloat16, 2, 9, 2, 16, 64, True), [0, 1], torch.bfloat16)
     kept = gpu_skip.KeptOnDevice.over(cache, 4 * 64)
     assert gpu_skip.bytes_of_means(cache, 4 * 64) == kept.means.nbytes + kept.weights.nbytes
+
+
+@pytest.mark.parametrize("layout", [None, Layout(64, 32, 96, 4, 64)], ids=["dense", "filtered"])
+def test_rows_are_described_as_the_layout_has_them(layout):
+    computed = np.array([0, 128, 500, 70, 95, 0, 0])
+    queries = np.array([40, 60, 1, 200, 1, 7, 0])  # the last but one is a dummy run's row, the last is padding
+    shared = np.array([0, 2, 0, 1, 0, gpu.NO_SEALS, gpu.NO_SEALS])
+    buffers = gpu_skip.SkipBuffers.make(8, 1, 1, torch.device("cpu"))
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    gpu_skip.describe_rows(
+        torch.from_numpy(starts),
+        torch.from_numpy((computed + queries).astype(np.int32)),
+        None if layout is None else torch.from_numpy(shared.astype(np.int32)),
+        buffers,
+        layout,
+    )
+    own = np.where(shared == gpu.NO_SEALS, 0, shared)
+    removed = 0 if layout is None else removed_tokens(computed, layout, own)
+    raw = 0 * computed if layout is None else sealed_chunks(computed, layout, own) * layout.kept_per_chunk
+    assert buffers.rows[:, :7].tolist() == [(computed - removed).tolist(), raw.tolist(), computed.tolist()]
+    assert not buffers.rows[:, 7].any()
