@@ -346,7 +346,9 @@ def average_outputs(
     inside = columns < WIDTH
     before = tl.load(table + tl.maximum(first - 1, 0) // BLOCK_SIZE, mask=has_past, other=0)
     entry = layer.to(tl.int64) * num_blocks + before
-    mean = tl.load(means + entry * WIDTH + columns, mask=inside & has_past, other=0.0)
+    # A mask made of columns alone: a single condition cannot join a mask in Triton's interpreter.
+    known = tl.where(has_past, columns, WIDTH) < WIDTH
+    mean = tl.load(means + entry * WIDTH + columns, mask=known, other=0.0)
     weight = tl.load(weights + entry * tl.num_programs(1) + tile, mask=has_past, other=0.0)
     for offset in range(0, count):
         token = start + offset
@@ -354,7 +356,7 @@ def average_outputs(
         own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         skip = tl.load(skipped + token) != 0
         instead = tl.where(weight > 0, mean / tl.where(weight > 0, weight, 1.0), 0.0)
-        tl.store(place, instead.to(output.dtype.element_ty), mask=inside & skip)
+        tl.store(place, instead.to(output.dtype.element_ty), mask=tl.where(skip, columns, WIDTH) < WIDTH)
         mean = tl.where(skip, mean, decay * mean + (1 - decay) * own)
         weight = tl.where(skip, weight, decay * weight + (1 - decay))
         slot = first + offset
