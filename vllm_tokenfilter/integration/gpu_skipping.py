@@ -126,10 +126,9 @@ class SkippingGroup:
             metadata.max_query_len == 1,
         )
         if self._kept is None:
-            # In the first dummy run, so that no request waits for it, or for Triton's compiler when it prefills.
+            # In the first dummy run, so that no request waits for it.
             self._kept = self._keep()
-            nowhere = dataclasses.replace(rows, slot_mapping=torch.full_like(rows.slot_mapping, -1), decoding=False)
-            gpu_skip.decide(self._kept, self._rule, nowhere, self._buffers, 0, self._units[0], self._substitute)
+            gpu_skip.warm_up(self._kept, self._rule, rows, self._buffers, self._substitute, self._layout)
         shortened = dataclasses.replace(metadata, seq_lens=self._buffers.read_lens[:num_reqs])
         setattr(metadata, _STEP, SkipStep(rows, shortened))
 

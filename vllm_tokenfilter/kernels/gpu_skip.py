@@ -7,7 +7,7 @@ where it is. Triton is imported on first use.
 Source: docs/skipping.md (the decision, the substitutes).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
 from vllm_tokenfilter.kernels.cpu import FUSION_CODES
-from vllm_tokenfilter.kernels.gpu import DueSeals, GpuCache
+from vllm_tokenfilter.kernels.gpu import NO_SEALS, DuePlan, DueSeals, GpuCache
 from vllm_tokenfilter.kernels.skip import PATIENCE, SkipRule
 from vllm_tokenfilter.layout import Layout
 
@@ -363,3 +363,25 @@ def follow_seals(kept: KeptOnDevice, due: DueSeals, layout: Layout) -> None:
             TILE=_OUTPUT_TILE,
             **sizes,
         )
+
+
+def warm_up(
+    kept: KeptOnDevice,
+    rule: SkipRule,
+    step: SkipRowsOnDevice,
+    buffers: SkipBuffers,
+    substitute: Substitute,
+    layout: Layout | None,
+) -> None:
+    """Launch what no dummy step of a decode batch launches, so that no request waits for Triton's compiler.
+
+    A decision for a prefill step of tokens that go nowhere, and a seal that finds nothing of its own to do; arguments
+    as in `decide` and `describe_rows`.
+    """
+    nowhere = torch.full_like(step.slot_mapping, -1)
+    decide(kept, rule, replace(step, slot_mapping=nowhere, decoding=False), buffers, 0, 0, substitute)
+    if layout is not None:
+        chunk = np.zeros(1, np.int64)
+        plan = DuePlan(chunk, chunk + layout.first_seal, chunk, chunk + 1, 1)
+        none_own = torch.full((1,), NO_SEALS, dtype=torch.int32, device=nowhere.device)
+        follow_seals(kept, DueSeals.snapshot(plan, torch.zeros_like(none_own)[None], none_own), layout)

@@ -29,6 +29,9 @@ from vllm_tokenfilter.kernels.triton_seal import (
 #: What a row of `totals` holds, besides the row's own number: attentions decided and skipped, cache entries read.
 DECIDED, SKIPPED, READ = (tl.constexpr(index) for index in range(3))
 
+# What differs from seal to seal: Triton must not compile anew for it while requests wait.
+_PER_SEAL = ["tables", "table_stride", "num_tokens_ptr", "first_ptr", "last_ptr", "own_ptr"]
+
 
 @triton.jit
 def _row_of(token, query_start_loc, num_reqs, BLOCK_R: tl.constexpr):
@@ -367,7 +370,7 @@ def average_outputs(
             tl.store(weights + entry * tl.num_programs(1) + tile, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_SEAL, do_not_specialize_on_alignment=_PER_SEAL)
 def carry_kept(
     tables,  # int32 [num_rows, table_stride], as in a seal
     table_stride,
@@ -409,7 +412,7 @@ def carry_kept(
         tl.store(debts + goal, debt, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_SEAL, do_not_specialize_on_alignment=_PER_SEAL)
 def carry_means(
     tables,  # int32 [num_rows, table_stride], as in a seal
     table_stride,
