@@ -1,14 +1,18 @@
 # Everything a fresh machine needs: `make serve` and `make test` set up what they use and are quick the second time.
-# Variables: ARGS (passed on), PYTHON, VENV, TORCH_CPU_INDEX (where CPU torch comes from if pip's own sources lack it).
+# Variables: ARGS (passed on), PYTHON, VENV, TORCH_CPU_INDEX (where CPU torch comes from if pip's own sources lack it);
+# GPU_PYTHON, the Python of an environment with vLLM for CUDA and this package, in place of the one made in GPU_VENV.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+GPU_VENV ?= .venv-gpu
+GPU_STAMP := $(if $(GPU_PYTHON),,$(GPU_VENV)/.installed)
+GPU_PYTHON := $(or $(GPU_PYTHON),$(GPU_VENV)/bin/python)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping verify lock setup clean
+.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping bench-gpu verify lock setup clean
 all: lint test
 
 serve: setup
@@ -23,8 +27,8 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
-gpu-test: setup
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+gpu-test: $(GPU_STAMP)
+	$(GPU_PYTHON) -m pytest -m gpu $(or $(ARGS),tests/gpu)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -43,6 +47,9 @@ bench: setup
 
 bench-skipping: setup
 	$(BIN)/python benchmarks/skipping_speed.py $(ARGS)
+
+bench-gpu: $(GPU_STAMP)
+	$(GPU_PYTHON) benchmarks/gpu_attention.py $(ARGS)
 
 bench-capacity: setup
 	$(BIN)/python benchmarks/capacity.py $(ARGS)
@@ -65,6 +72,12 @@ $(STAMP): requirements/cpu.lock requirements/torch-cpu.txt pyproject.toml
 	@$(BIN)/python -m vllm_tokenfilter.models
 	@touch $(STAMP)
 
+# vLLM for CUDA and what it asks for, from pip's sources; not locked, as it depends on the machine's driver.
+$(GPU_VENV)/.installed: pyproject.toml
+	test -x $(GPU_VENV)/bin/python || "$(PYTHON)" -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check -q install -e '.[cuda,dev]'
+	@touch $@
+
 lock:
 	$(BIN)/python -m pip install -q uv
 	{ echo "# Locked CPU environment, installed without dependencies after requirements/torch-cpu.txt. Regenerate: make lock."; \
@@ -76,4 +89,4 @@ lock:
 	mv requirements/cpu.lock.new requirements/cpu.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

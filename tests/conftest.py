@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 
 import pytest
 
@@ -25,6 +26,31 @@ def _interpret_triton_where_there_is_no_gpu():
 
 
 _interpret_triton_where_there_is_no_gpu()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """Our GPU kernels as Python functions; Triton decides that when they are decorated."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: tests/gpu runs these tests on it")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        from vllm_tokenfilter import kernels
+
+        for name in ("triton_seal", "triton_lengths", "triton_skip"):
+            patch.delitem(sys.modules, f"vllm_tokenfilter.kernels.{name}", raising=False)
+            patch.delattr(kernels, name, raising=False)
+        yield
+
+
+@pytest.fixture
+def device():
+    """Where tests of the GPU's kernels put their tensors; tests/gpu has another answer."""
+    import torch
+
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "seconds",
         (),
-        "Time in the sealing kernel, summed over all workers and KV-cache groups.",
+        "Time in the sealing kernel, summed over all workers and KV-cache groups; on a GPU the device's own.",
         _total("seal_seconds"),
     ),
     Metric(

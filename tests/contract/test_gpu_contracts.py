@@ -245,3 +245,42 @@ def test_the_refusal_names_setting_value_and_remedy(monkeypatch, inner, ratio, r
     assert len(sentences) == refused
     for sentence in sentences:
         assert f"inner_backend={inner} " in sentence and "inner_backend: TRITON_ATTN" in sentence
+
+
+def test_the_decode_kernels_are_called_as_the_benchmark_calls_them():
+    from vllm.v1.attention.backends import triton_attn
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    hint = "benchmarks/gpu_decoding.py calls it by these names"
+    code = (Path(__file__).parents[2] / "benchmarks" / "gpu_decoding.py").read_text()
+    calls = {
+        ast.unparse(node.func): {keyword.arg for keyword in node.keywords if keyword.arg}
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call)
+    }
+    known = set(inspect.signature(unified_attention).parameters)
+    segments = {"seq_threshold_3D", "num_par_softmax_segments"}
+    segments |= {"softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"}
+    assert calls["dict"] | calls["self._unified_attention"] | segments <= known, hint
+    assert triton_attn.MIN_LAUNCH_GRID_SIZE_2D > 0 and triton_attn.NUM_PAR_SOFTMAX_SEGMENTS > 0, hint
+    # FlashAttention's own module is in vLLM's CUDA wheel alone; vLLM's call of it is here.
+    impl = classes("FLASH_ATTN")["FlashAttentionImpl"]
+    used = {
+        keyword.arg
+        for node in ast.walk(impl)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "flash_attn_varlen_func"
+        for keyword in node.keywords
+    }
+    assert calls["dict"] | calls["self._flash_attention"] <= used, hint
+    text = source("v1", "attention", "backends", "fa_utils.py")
+    assert "flash_attn_varlen_func," in text and "def get_flash_attn_version(" in text and "head_size: int" in text, (
+        hint
+    )
+
+
+def test_a_tensor_parallel_group_gathers_over_a_dimension():
+    from vllm.distributed.parallel_state import GroupCoordinator
+
+    assert list(inspect.signature(GroupCoordinator.all_gather).parameters)[:3] == ["self", "input_", "dim"], (
+        "integration/gpu_backend.py joins the ranks' scores over the heads"
+    )

@@ -17,7 +17,12 @@ def main(task):
         for _ in range(task.get("prompts", 32))
     ]
     sampling = SamplingParams(temperature=0, max_tokens=64, logprobs=2, ignore_eos=True)
-    answers = [answer.outputs[0] for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+    # An engine in a process of its own starts with whatever has arrived, so that how prompts are cut into steps, which
+    # a filter sees, would depend on the machine's load: nothing is scheduled before all of them are there.
+    llm.sleep(level=0)
+    llm.enqueue(prompts, sampling, use_tqdm=False)
+    llm.wake_up(tags=["scheduling"])
+    answers = [answer.outputs[0] for answer in llm.wait_for_completion(use_tqdm=False)]
     result = {
         "tokens": [list(answer.token_ids) for answer in answers],
         "logprobs": [[sorted(e.logprob for e in step.values()) for step in answer.logprobs] for answer in answers],

@@ -1,6 +1,7 @@
-"""Greedy tokens from vLLM's GPU engine without a GPU, and what was computed when and kept; argv is a JSON object.
+"""Greedy tokens from vLLM's GPU engine, and what was computed when and kept; argv is a JSON object.
 
-`python tests/gpu_dryrun/generate.py '{"model": FOLDER, "rounds": [[[ids]]], "new_tokens": 8, "out": FILE, "llm": {}}'`
+`python tests/gpu_dryrun/generate.py '{"model": FOLDER, "rounds": [[[ids]]], "new_tokens": 8, "out": FILE, "llm": {},
+"pretend": true}'`; with "pretend" there need be no GPU.
 """
 
 import json
@@ -74,25 +75,27 @@ def watch(seals, steps, skips):
 
 
 def main(task):
-    import pretend_cuda
+    settings = {"skip_tokenizer_init": True, "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "seed": 0}
+    if task["pretend"]:
+        import pretend_cuda
 
-    pretend_cuda.install()
+        pretend_cuda.install()
+        # The compiled extension's normalisation is not there; vLLM's own Python is.
+        settings["compilation_config"] = {"custom_ops": ["none"]}
+        settings["kernel_config"] = {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}
     from vllm import LLM, SamplingParams
 
     seals, steps, skips = [], {}, []
     watch(seals, steps, skips)
-    llm = LLM(
-        model=task["model"],
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=64 << 20,
-        # The compiled extension's normalisation is not there; vLLM's own Python is.
-        compilation_config={"custom_ops": ["none"]},
-        kernel_config={"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}},
-        seed=0,
-        **task["llm"],
+    llm = LLM(model=task["model"], **{**settings, **task["llm"]})
+    filtering = "additional_config" in task["llm"]
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=task["new_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=task.get("logprobs"),
     )
-    sampling = SamplingParams(temperature=0, max_tokens=task["new_tokens"], ignore_eos=True, detokenize=False)
     started = time.perf_counter()
     answers = []
     for prompts in task["rounds"]:
@@ -107,7 +110,11 @@ def main(task):
         "steps": steps,
         "seals": seals,
         "skips": skips,
-        "status": llm.collective_rpc("token_filtering_status")[0],
+        "status": llm.collective_rpc("token_filtering_status")[0] if filtering else None,
+        "logprobs": [
+            [sorted(entry.logprob for entry in step.values()) for step in answer.outputs[0].logprobs or []]
+            for answer in answers
+        ],
         "builders": sorted({type(builder).__name__ for builder in builders}),
         "seconds": round(time.perf_counter() - started, 1),
     }

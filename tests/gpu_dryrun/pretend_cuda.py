@@ -9,6 +9,7 @@ out in `_register_operations`.
 import contextlib
 import os
 import sys
+import time
 import types
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -79,19 +80,24 @@ class _Stream:
 
 
 class _Event:
+    """Passed as soon as it is recorded: nothing is asynchronous here."""
+
     def __init__(self, *args, **kwargs):
-        pass
+        self._recorded = 0.0
+
+    def record(self, *args):
+        self._recorded = time.perf_counter()
 
     def query(self):
         return True
 
     def elapsed_time(self, other):
-        return 0.0
+        return 1000 * (other._recorded - self._recorded)
 
     def _nothing(self, *args):
         return None
 
-    record = synchronize = wait = _nothing
+    synchronize = wait = _nothing
 
 
 def _constant(value):
@@ -147,7 +153,8 @@ def _pretend_generators():
     torch.Generator = Generator
 
 
-def _pretend_driver():
+def pretend_driver():
+    """Triton has an active driver, of compute capability 9.0, that launches nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -282,7 +289,7 @@ def install():
     """From now on this process has a GPU, as far as vLLM can tell."""
     _pretend_device()
     _pretend_generators()
-    _pretend_driver()
+    pretend_driver()
     _pretend_extensions()
     _pretend_platform()
     _skip_warmup()

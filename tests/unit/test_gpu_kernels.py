@@ -1,35 +1,27 @@
-"""The GPU kernels in Triton's interpreter against the readable reference, over shapes, strides and types."""
+"""The GPU kernels against the readable reference, over shapes, strides and types.
 
-import sys
+Here in Triton's interpreter; tests/gpu/test_kernels.py runs the same tests on a GPU, with another `device`.
+"""
 
 import numpy as np
 import pytest
 import torch
 
+from tests.unit import test_kernels as cpu_caches
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels import cpu, gpu
+from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
-MODULES = tuple(f"vllm_tokenfilter.kernels.triton_{name}" for name in ("seal", "lengths", "skip"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted():
-    """The kernels as Python functions; Triton decides that when they are decorated."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-        yield
-
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 CANARY = 117.0
 
 
-def make_layers(dtype, num_layers, num_blocks, num_heads, block_size, head_size, heads_first):
+def make_layers(dtype, num_layers, num_blocks, num_heads, block_size, head_size, heads_first, device="cpu"):
     """Per layer [num_blocks, num_heads, block_size, 2 * head_size] full of canaries, with gaps between blocks.
 
     `heads_first` is vLLM's layout LBHNC, else LBNHC: heads of one token lie side by side.
@@ -37,10 +29,10 @@ def make_layers(dtype, num_layers, num_blocks, num_heads, block_size, head_size,
     layers = []
     for _ in range(num_layers):
         if heads_first:
-            storage = torch.full((num_blocks, 2, num_heads, block_size, 2 * head_size), CANARY).to(dtype)
+            storage = torch.full((num_blocks, 2, num_heads, block_size, 2 * head_size), CANARY).to(dtype).to(device)
             layers.append(storage[:, 0])
         else:
-            storage = torch.full((num_blocks, 2, block_size, num_heads, 2 * head_size), CANARY).to(dtype)
+            storage = torch.full((num_blocks, 2, block_size, num_heads, 2 * head_size), CANARY).to(dtype).to(device)
             layers.append(storage[:, 0].transpose(1, 2))
     return layers
 
@@ -53,7 +45,7 @@ def read(cache, table, num_tokens):
     """Keys and values of slots 0 .. num_tokens-1, [num_heads, num_tokens, head_size]."""
     slots, size = torch.arange(num_tokens), cache.shape[2]
     blocks = torch.as_tensor(table)[slots // size].long()
-    tokens = bits(cache)[blocks, :, slots % size].view(cache.dtype).transpose(0, 1)
+    tokens = bits(cache)[blocks, :, slots % size].view(cache.dtype).transpose(0, 1).cpu()
     half = cache.shape[3] // 2
     return tokens[..., :half], tokens[..., half:]
 
@@ -61,7 +53,7 @@ def read(cache, table, num_tokens):
 def write(cache, table, start, keys, values):
     slots, size = torch.arange(start, start + keys.shape[1]), cache.shape[2]
     blocks = torch.as_tensor(table)[slots // size].long()
-    bits(cache)[blocks, :, slots % size] = bits(torch.cat([keys, values], -1)).transpose(0, 1)
+    bits(cache)[blocks, :, slots % size] = bits(torch.cat([keys, values], -1)).transpose(0, 1).to(cache.device)
 
 
 def prose(num_heads, num_tokens, head_size, dtype, seed):
@@ -82,16 +74,13 @@ def settings(layout, **rule):
     )
 
 
-def rule_of(config):
-    return cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
-
-
 def seal(layers, tables, lengths, computed, shared, layout, rule, cache=None, gather=None):
     """Seal what a step from `computed` to `lengths` made due; returns row -> chunk -> kept [num_layers, K]."""
     cache = cache or gpu.GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
-    plan = gpu.plan_seals(np.array(computed), np.array(lengths), cache.block_size, layout)
-    due = gpu.DueSeals.snapshot(plan, torch.from_numpy(tables), torch.tensor(shared, dtype=torch.int32))
-    kept = gpu.seal_chunks(cache, due, layout, rule, gather)
+    plan = plan_seals(np.array(computed), np.array(lengths), cache.block_size, layout)
+    device = layers[0].device
+    tables, shared = torch.from_numpy(tables).to(device), torch.tensor(shared, dtype=torch.int32, device=device)
+    kept = gpu.seal_chunks(cache, gpu.DueSeals.snapshot(plan, tables, shared), layout, rule, gather).cpu()
     found, task = {}, 0
     for row, first, last in zip(plan.rows, plan.first, plan.last, strict=True):
         found[int(row)] = {chunk: kept[:, task + chunk - first] for chunk in range(first, last)}
@@ -116,13 +105,13 @@ RULES = {
 
 
 @pytest.mark.parametrize("case, name", [(case, "variance_aware") for case in CASES] + [(CASES[0], n) for n in RULES])
-def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name):
+def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name, device):
     dtype, heads, dims, block_size, heads_first, chunk, keep, window, sinks, terms = case
     layout = Layout(chunk, keep, window, sinks, terms)
     config = settings(layout, **RULES[name])
     lengths = [window + chunk, window - 1, window + 3 * chunk + 5]
     per_row = -(-max(lengths) // block_size)
-    layers = make_layers(dtype, 2, 3 * per_row + 2, heads, block_size, dims, heads_first)
+    layers = make_layers(dtype, 2, 3 * per_row + 2, heads, block_size, dims, heads_first, device)
     tables = np.random.default_rng(0).permutation(3 * per_row + 2)[: 3 * per_row].reshape(3, -1).astype(np.int32)
     texts = [[prose(heads, n, dims, dtype, 10 * row + layer) for layer in range(2)] for row, n in enumerate(lengths)]
     for row, text in enumerate(texts):
@@ -130,7 +119,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name):
             write(layer, tables[row], 0, keys, values)
     before = [bits(layer).clone() for layer in layers]
 
-    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, rule_of(config))
+    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, cpu.ScoreRule.of(config))
 
     assert sorted(found) == [0, 2], "a row below the window and a chunk is left alone"
     for row in (0, 2):
@@ -146,21 +135,40 @@ def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name):
             assert torch.equal(bits(got_values.contiguous()), bits(want_values.contiguous()))
             slots = last * keep + np.arange(chunk)
             physical = tables[row][slots // block_size].astype(np.int64) * block_size + slots % block_size
-            got = cache.saved_redundancy[index, torch.from_numpy(physical)]
+            got = cache.saved_redundancy[index].cpu()[torch.from_numpy(physical)]
             torch.testing.assert_close(got, scores, atol=5e-5, rtol=1e-5)
     for layer, old in zip(layers, before, strict=True):
         gaps = torch.as_strided(layer, layer.shape, layer.stride(), layer.stride(0) // 2)
-        assert (gaps.float() == torch.tensor(CANARY).to(dtype).float()).all(), "written between blocks"
-        mine = torch.zeros(layer.shape[0], dtype=torch.bool)
+        assert (gaps.float() == torch.tensor(CANARY).to(dtype).float().item()).all(), "written between blocks"
+        mine = torch.zeros(layer.shape[0], dtype=torch.bool, device=device)
         mine[tables[[0, 2]].ravel()] = True
         assert torch.equal(bits(layer)[~mine], old[~mine])
 
 
-def in_steps(ends, selector, shared=0):
+@pytest.mark.parametrize("selector", ["anchor", "keydiff", "random", "value_key_norm"])
+def test_the_cpu_path_chooses_the_same_tokens(selector, device):
+    layout, heads, dims, size, length = Layout(64, 32, 64, 4, 64), 3, 64, 16, 700
+    num_blocks, rule, last = -(-length // size), cpu.ScoreRule(selector), (length - 64) // 64
+    table = np.random.default_rng(2).permutation(num_blocks).astype(np.int32)[None]
+    keys, values = prose(heads, length, dims, torch.bfloat16, 13)
+    storage, cache = cpu_caches.make_cache(torch.bfloat16, 1, num_blocks, heads, size, dims, True)
+    key_places, value_places = cpu_caches.places(cache, 0, table[0], length)
+    storage.view(-1)[key_places], storage.view(-1)[value_places] = keys, values
+    none = np.zeros(1, np.int64)
+    ends = np.array([length]), none, np.array([last]), none
+    saved = np.zeros((1, num_blocks * size), np.float32)
+    on_cpu = cpu.seal_chunks(cache, saved, table, *ends, layout, rule, none, 1)[0]
+    layers = make_layers(torch.bfloat16, 1, num_blocks, heads, size, dims, True, device)
+    write(layers[0], table[0], 0, keys, values)
+    _, found = seal(layers, table, [length], [0], [0], layout, rule)
+    assert [found[0][chunk][0].tolist() for chunk in range(last)] == on_cpu.tolist()
+
+
+def in_steps(ends, selector, device):
     layout, heads, dims, size = Layout(64, 24, 100, 4, 50), 2, 32, 16
     total = ends[-1]
     num_blocks = -(-total // size)
-    layers = make_layers(torch.bfloat16, 1, num_blocks, heads, size, dims, True)
+    layers = make_layers(torch.bfloat16, 1, num_blocks, heads, size, dims, True, device)
     table = np.arange(num_blocks, dtype=np.int32)[::-1].copy()[None]
     keys, values = prose(heads, total, dims, torch.bfloat16, 7)
     cache, computed, kept = None, 0, {}
@@ -175,18 +183,18 @@ def in_steps(ends, selector, shared=0):
 
 @pytest.mark.parametrize("selector", ["anchor", "keydiff"])
 @pytest.mark.parametrize("steps", [[*range(64, 420, 64), 420], [100, 300, 301, 420], [163, 164, 165, 228, 420]])
-def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps, selector):
-    whole, whole_keys = in_steps([420], selector)
-    kept, keys = in_steps(steps, selector)
+def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps, selector, device):
+    whole, whole_keys = in_steps([420], selector, device)
+    kept, keys = in_steps(steps, selector, device)
     assert kept == whole
     assert torch.equal(keys, whole_keys)
 
 
 @pytest.mark.parametrize("shared, computed", [(3, 192), (3, 200), (5, 320)])
-def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessors(shared, computed):
+def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessors(shared, computed, device):
     layout, size, dims, last = Layout(64, 32, 64, 4, 64), 16, 64, 5
     length = last * 64 + 64
-    layers = make_layers(torch.float32, 1, 24, 2, size, dims, False)
+    layers = make_layers(torch.float32, 1, 24, 2, size, dims, False, device)
     table = np.arange(24, dtype=np.int32)[::-1].copy()[None]
     stored = stored_tokens(computed, layout, shared) + length - computed
     keys, values = prose(2, stored, dims, torch.float32, 5)
@@ -203,9 +211,9 @@ def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessor
     assert all((found[0][c] == -1).all() for c in found[0] if c < shared)
 
 
-def test_of_equal_redundancies_the_older_tokens_stay_and_no_number_goes_first():
+def test_of_equal_redundancies_the_older_tokens_stay_and_no_number_goes_first(device):
     layout = Layout(16, 5, 16, 2, 16)
-    layers = make_layers(torch.float32, 1, 4, 2, 16, 16, False)
+    layers = make_layers(torch.float32, 1, 4, 2, 16, 16, False, device)
     layers[0].fill_(0.0)
     table = np.arange(4, dtype=np.int32)[None]
     _, found = seal(layers, table, [32], [0], [0], layout, cpu.ScoreRule())
@@ -216,15 +224,15 @@ def test_of_equal_redundancies_the_older_tokens_stay_and_no_number_goes_first():
     assert found[0][0][0].tolist() == [0, 1, 2, 4, 5]
 
 
-def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all():
+def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all(device):
     layout, heads, dims, length = Layout(64, 32, 64, 4, 64), 4, 64, 300
     table = np.arange(20, dtype=np.int32)[None]
     keys, values = prose(heads, length, dims, torch.bfloat16, 11)
-    whole = make_layers(torch.bfloat16, 1, 20, heads, 16, dims, True)
+    whole = make_layers(torch.bfloat16, 1, 20, heads, 16, dims, True, device)
     write(whole[0], table[0], 0, keys, values)
     _, all_heads = seal(whole, table, [length], [0], [0], layout, cpu.ScoreRule())
     sent = []
-    ranks = [make_layers(torch.bfloat16, 1, 20, 2, 16, dims, True) for _ in range(2)]
+    ranks = [make_layers(torch.bfloat16, 1, 20, 2, 16, dims, True, device) for _ in range(2)]
 
     def fill():
         for rank, layers in enumerate(ranks):
@@ -241,7 +249,7 @@ def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all():
 
 
 @pytest.mark.parametrize("mark_blocks", [0, 1, 2])
-def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_blocks):
+def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_blocks, device):
     layout, size = Layout(64, 32, 96, 4, 64), 16
     shared = [0, 2, 0, 1, 0, 0, 0]
     computed = [0, 128, 500, 70, 95, 0, 0]
@@ -262,14 +270,14 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
             tables[row] = own
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     seq_lens = np.array(computed) + queries
-    slots = torch.full((int(starts[-1]) + 3,), 5, dtype=torch.int64)
+    slots = torch.full((int(starts[-1]) + 3,), 5, dtype=torch.int64, device=device)
     slots[starts[5] : starts[6]] = -1
     old = slots.clone()
-    buffers = gpu.StepBuffers.make(9, width if mark_blocks else 0, torch.device("cpu"))
+    buffers = gpu.StepBuffers.make(9, width if mark_blocks else 0, device)
     gpu.adjust_step(
-        torch.from_numpy(starts),
-        torch.from_numpy(seq_lens.astype(np.int32)),
-        torch.from_numpy(tables),
+        torch.from_numpy(starts).to(device),
+        torch.from_numpy(seq_lens.astype(np.int32)).to(device),
+        torch.from_numpy(tables).to(device),
         slots,
         buffers,
         layout,
@@ -300,7 +308,7 @@ def test_the_byte_floor_counts_one_chunk_read_and_the_moves_of_a_decode_seal():
     layout = Layout(64, 32, 64, 4, 64)
     layers = make_layers(torch.bfloat16, 2, 8, 3, 16, 64, True)
     cache = gpu.GpuCache.over(layers, [0, 1], torch.bfloat16)
-    plan = gpu.plan_seals(np.array([255]), np.array([256]), 16, layout)
+    plan = plan_seals(np.array([255]), np.array([256]), 16, layout)
     token = 2 * 3 * 2 * 64 * 2  # layers, heads, K and V, elements, bytes
     # Chunk 3 and its 64 predecessors are read; 32 kept tokens and 64 raw ones are read and written.
     assert gpu.seal_bytes_floor(cache, plan, layout) == (64 + 64 + 2 * (32 + 64)) * token

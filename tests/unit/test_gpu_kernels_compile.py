@@ -61,3 +61,39 @@ for kernel, constants in KERNELS:
 def test_the_kernels_compile_for_a_gpu(capability):
     done = subprocess.run([sys.executable, "-c", CODE, str(capability)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+SEALS = """
+import os
+import numpy as np
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+from tests.gpu_dryrun import pretend_cuda
+del os.environ["TRITON_INTERPRET"]  # the compiler is what is looked at
+from vllm_tokenfilter.kernels import gpu, triton_seal
+from vllm_tokenfilter.kernels.cpu import ScoreRule
+from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layout import Layout
+
+pretend_cuda.pretend_driver()
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["key"])
+launch = JITFunction.run
+JITFunction.run = lambda self, *args, **options: launch(self, *args, **{**options, "warmup": True})
+layout = Layout(64, 32, 64, 4, 64)
+cache = gpu.GpuCache.over([torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16)], [0], torch.bfloat16)
+gpu.warm_up(cache, layout, ScoreRule())
+assert len(compiled) == 2, compiled
+for lengths in ([128], [128, 200, 128], [192] * 4, [512, 300, 128, 128, 129], [4096] * 16):
+    plan = plan_seals(np.zeros(len(lengths), np.int64), np.array(lengths), 16, layout)
+    tables = torch.zeros(len(lengths), plan.num_blocks + 3, dtype=torch.int32)
+    due = gpu.DueSeals.snapshot(plan, tables, torch.zeros(len(lengths), dtype=torch.int32))
+    gpu.seal_chunks(cache, due, layout, ScoreRule())
+assert len(compiled) == 2, f"{len(compiled) - 2} compilations while requests wait"
+"""
+
+
+def test_no_seal_waits_for_the_compiler_once_the_kernels_are_warm():
+    done = subprocess.run([sys.executable, "-c", SEALS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

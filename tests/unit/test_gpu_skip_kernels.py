@@ -1,31 +1,21 @@
 """The GPU kernels of attention skipping in Triton's interpreter, against the reference and the CPU's kernels."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 from tests import reference
-from tests.unit.test_gpu_kernels import MODULES, make_layers, prose, read, write
-from vllm_tokenfilter import kernels
+from tests.unit.test_gpu_kernels import make_layers, prose, read, write
 from vllm_tokenfilter.kernels import cpu, gpu, gpu_skip, skip
+from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 #: Rows and tokens the buffers are made for; steps below are padded beside them.
 MAX_REQS, MAX_TOKENS = 5, 140
 UNITS = 10000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        for name in MODULES:
-            patch.delitem(sys.modules, name, raising=False)
-            patch.delattr(kernels, name.rpartition(".")[2], raising=False)
-        yield
 
 
 class Group:
@@ -78,7 +68,7 @@ class Group:
             )  # fmt: skip
         self.plan = None
         if self.layout is not None:
-            plan = gpu.plan_seals(done, done + counts, size, self.layout)
+            plan = plan_seals(done, done + counts, size, self.layout)
             if plan is not None:
                 self.due = gpu.DueSeals.snapshot(plan, torch.from_numpy(self.tables), shared[: len(counts)])
         self.done = (done + counts).tolist()

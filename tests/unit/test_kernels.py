@@ -100,7 +100,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     layout = Layout(chunk, keep, window, sinks, terms)
     config = settings(layout, **RULES[name])
     assert config.layout == layout
-    rule = cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
+    rule = cpu.ScoreRule.of(config)
     num_layers, lengths = 2, [window + chunk, window + 3 * chunk + 5, window + 6 * chunk - 1]
     per_row = -(-max(lengths) // block_size)
     storage, cache = make_cache(dtype, num_layers, 3 * per_row + 2, heads, block_size, dims, transposed)
@@ -253,7 +253,7 @@ def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
 def test_ranks_that_share_the_heads_choose_and_move_like_one(dtype, heads, replicas, name):
     layout = Layout(32, 16, 32, 4, 32)
     config = settings(layout, **RULES[name])
-    rule = cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
+    rule = cpu.ScoreRule.of(config)
     lengths = [64, 32 + 4 * 32 + 9]
     # Row, tokens, first and last due chunk; the second row seals twice, so that saved scores are used too.
     steps = [(0, 64, 0, 1), (1, 100, 0, 2), (1, lengths[1], 2, 4)]

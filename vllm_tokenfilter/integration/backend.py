@@ -21,15 +21,13 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -43,22 +41,14 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, sealing, status
-from vllm_tokenfilter.integration.counters import DenseReason, StepCounters
+from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec, shared_chunks_of
-from vllm_tokenfilter.integration.layers import (
-    give_filtered_layers_their_spec,
-    num_layers,
-    sort_layers,
-    sort_skipping,
-)
+from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
+from vllm_tokenfilter.integration.lifecycle import SortingImpl, log_totals_at_end
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.integration.skipping import SkippingLayers, SkipStep
 from vllm_tokenfilter.kernels.build import load_kernel
 from vllm_tokenfilter.layout import Layout, removed_tokens, shares_prefixes
-
-logger = init_logger("vllm.tokenfilter")
-
-_SORTED = "_token_filtering_sorted"
 
 
 class TokenFilteringBackend(CPUAttentionBackend):
@@ -93,7 +83,7 @@ class TokenFilteringMetadata(CPUAttentionMetadata):
     parts: dict[Layout | None, "TokenFilteringMetadata"] | None = None
 
 
-class TokenFilteringImpl(CPUAttentionBackendImpl):
+class TokenFilteringImpl(SortingImpl, CPUAttentionBackendImpl):
     """The stock implementation; a layer takes the metadata of its own layout, and may skip attention.
 
     Attributes:
@@ -103,17 +93,9 @@ class TokenFilteringImpl(CPUAttentionBackendImpl):
     Both are set by the metadata builder, which knows the layer's index.
     """
 
+    inner_name = CPUAttentionBackend.get_name()
     layout: Layout | None = None
     skips: int | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._vllm_config = get_current_vllm_config()
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """See `AttentionImpl`; the first layer to get here, all being built, sorts the model's layers."""
-        super().process_weights_after_loading(act_dtype)
-        _sort_all_layers_once(self._vllm_config)
 
     def forward(
         self,
@@ -194,8 +176,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.counters = StepCounters()
         self.use(refusals.require_supported(vllm_config))
-        # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
-        Finalize(self, _log_totals, args=(self.counters,), exitpriority=10)
+        log_totals_at_end(self, self.counters)
 
     def use(self, config: FilterConfig) -> None:
         """Filter by these settings from now on; only while no request is running. The counters go on."""
@@ -349,10 +330,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         if part is not next(part for part in self.parts if part.layout is not None):
             return
         # A filtered row reads a cache from which tokens were removed before this step.
-        num_filtered = int(np.count_nonzero(removed))
-        self.counters.rows_filtered += num_filtered
-        if num_filtered < len(removed):
-            self.counters.rows_dense[DenseReason.SHORT] += len(removed) - num_filtered
+        self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
 
     def _skipping_of(self, part: _Part) -> SkippingLayers:
         if part.skipping is None:
@@ -410,22 +388,3 @@ class _Step:
     def with_slots_of_its_own(self) -> "_Step":
         """The same step with a slot mapping that may be overwritten without the other parts' seeing it."""
         return replace(self, common=self.common.replace(slot_mapping=self.common.slot_mapping.clone()))
-
-
-def _sort_all_layers_once(vllm_config: VllmConfig) -> None:
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    if any(getattr(layer, _SORTED, False) for layer in layers.values()):
-        return
-    config = refusals.require_supported(vllm_config)
-    filtered, dense = sort_layers(vllm_config, config)
-    skipping, unskipped = sort_skipping(vllm_config, config)
-    give_filtered_layers_their_spec(filtered, vllm_config, config)
-    for layer in layers.values():
-        setattr(layer, _SORTED, True)
-    inner = CPUAttentionBackend.get_name()
-    logger.info("%s", status.start_block(config, list(filtered), dense, list(skipping), unskipped, inner, vllm_config))
-
-
-def _log_totals(counters: StepCounters) -> None:
-    if counters.tokens_seen:
-        logger.info("%s", status.totals_line(counters.as_dict()))

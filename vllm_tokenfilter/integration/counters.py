@@ -35,7 +35,7 @@ class StepCounters:
         rows_filtered: rows that read a filtered cache.
         rows_dense: rows that read every token, by reason.
         seals: kernel calls.
-        seal_seconds: time spent in them.
+        seal_seconds: time spent in them; on a GPU the device's, see `gpu_clock.py`.
         attentions_decided: attentions of a token in a layer that skips, once the warm-up is over.
         attentions_skipped: attentions among them that were skipped.
         reads_dense: cache entries (a token in a layer) that rows of one new token would have read without us.
@@ -55,6 +55,12 @@ class StepCounters:
     reads_dense: int = 0
     reads_filtered: int = 0
     reads_done: int = 0
+
+    def count_rows(self, rows: int, filtered: int) -> None:
+        """Add a step's rows, `filtered` of which read a cache from which something was removed; the rest are short."""
+        self.rows_filtered += filtered
+        if filtered < rows:
+            self.rows_dense[DenseReason.SHORT] += rows - filtered
 
     def count_sealed(self, sealed: int, pruned: int, share: float) -> None:
         """Add what one seal did in `share` of the group's filtered layers."""

@@ -16,13 +16,11 @@ Source: vllm/v1/attention/backends/triton_attn.py, flash_attn.py, flashinfer.py;
 
 import functools
 from collections.abc import Callable, Sequence
-from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -33,16 +31,10 @@ from vllm_tokenfilter.integration import refusals, status
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu_skipping import SkippingGroup, SkippingImpl
 from vllm_tokenfilter.integration.gpu_step import FilteredSteps, HostLengths
-from vllm_tokenfilter.integration.layers import (
-    give_filtered_layers_their_spec,
-    num_layers,
-    sort_layers,
-    sort_skipping,
-)
+from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
+from vllm_tokenfilter.integration.lifecycle import SortingImpl, log_totals_at_end
 from vllm_tokenfilter.kernels.gpu import GpuCache
 from vllm_tokenfilter.layout import shares_prefixes
-
-logger = init_logger("vllm.tokenfilter")
 
 #: vLLM's backends that can be inside.
 INNER_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
@@ -51,7 +43,6 @@ _FP8_TYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-_SORTED = "_token_filtering_sorted"
 
 
 class FilteringBuilder:
@@ -84,9 +75,10 @@ class FilteringBuilder:
             self._skipping = self._make_skipping(skipping, vllm_config, device)
             if self._steps:
                 self._steps.followed_by(self._skipping.follow, len(skipping))
-        # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
-        settle = self._skipping.settle if self._skipping else None
-        Finalize(self, _log_totals, args=(self.counters, settle), exitpriority=10)
+        clock = self._steps.clock if self._steps else None
+        settles = [own.settle for own in (clock, self._skipping) if own is not None]
+        self._settle = functools.partial(_settle_all, settles)
+        log_totals_at_end(self, self.counters, self._settle)
 
     def _make_skipping(
         self, skipping: dict[int, Attention], vllm_config: VllmConfig, device: torch.device
@@ -130,13 +122,14 @@ class FilteringBuilder:
             functools.partial(
                 _open_cache, list(self._filtered), list(self._filtered.values()), cache_config.cache_dtype
             ),
-            _gather_heads if vllm_config.parallel_config.tensor_parallel_size > 1 else None,
+            functools.partial(_gather_heads, vllm_config.model_config.get_total_num_kv_heads())
+            if vllm_config.parallel_config.tensor_parallel_size > 1
+            else None,
         )
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
-        if self._skipping is not None:
-            self._skipping.settle()
+        self._settle()
         mode = self._vllm_config.compilation_config.cudagraph_mode
         return {
             **status.describe(
@@ -199,21 +192,6 @@ class FilteringBuilder:
         self.counters.count_reads(reads, reads, layers, len(self._layers_skipping))
 
 
-class SortingImpl:
-    """Mixed in before an attention implementation of vLLM's: the last layer to be loaded finds all others built."""
-
-    inner_name: str
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._token_filtering_config = get_current_vllm_config()
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """See `AttentionImpl`; the first layer to get here, all being built, sorts the model's layers."""
-        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        _sort_all_layers_once(self._token_filtering_config, self.inner_name)
-
-
 @functools.cache
 def backend_over(name: str) -> type[AttentionBackend]:
     """The backend TOKEN_FILTERING over one of vLLM's; `gpu_dispatch.OVER_<name>` is where vLLM finds it again."""
@@ -251,27 +229,13 @@ def _open_cache(layer_indices: list[int], layers: list[Attention], cache_dtype: 
         ) from error
 
 
-def _gather_heads(scores: torch.Tensor) -> torch.Tensor:
+def _gather_heads(total_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
+    """Every head's scores, in the model's order, from this rank's [num_layers, num_tasks, num_kv_heads, 2, C]."""
     gathered: torch.Tensor = get_tp_group().all_gather(scores, dim=2)
-    return gathered
+    # KV heads that are fewer than ranks are repeated on neighbouring ranks.
+    return gathered[:, :, :: gathered.shape[2] // total_kv_heads]
 
 
-def _sort_all_layers_once(vllm_config: VllmConfig, inner_name: str) -> None:
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    if any(getattr(layer, _SORTED, False) for layer in layers.values()):
-        return
-    config = refusals.require_supported(vllm_config)
-    filtered, dense = sort_layers(vllm_config, config)
-    skipping, unskipped = sort_skipping(vllm_config, config)
-    give_filtered_layers_their_spec(filtered, vllm_config, config)
-    for layer in layers.values():
-        setattr(layer, _SORTED, True)
-    block = status.start_block(config, list(filtered), dense, list(skipping), unskipped, inner_name, vllm_config)
-    logger.info("%s", block)
-
-
-def _log_totals(counters: StepCounters, settle: Callable[[], None] | None) -> None:
-    if settle is not None:
+def _settle_all(settles: list[Callable[[], None]]) -> None:
+    for settle in settles:
         settle()
-    if counters.tokens_seen:
-        logger.info("%s", status.totals_line(counters.as_dict()))

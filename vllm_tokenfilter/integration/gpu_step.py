@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.counters import DenseReason, StepCounters
+from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.gpu_clock import SealClock
 from vllm_tokenfilter.kernels import gpu
 from vllm_tokenfilter.kernels.cpu import ScoreRule
+from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.layout import Layout, removed_tokens
 
 
@@ -91,6 +93,7 @@ class FilteredSteps:
 
     Attributes:
         counters: what was done.
+        clock: what brings `counters.seal_seconds` up to date.
     """
 
     def __init__(
@@ -120,9 +123,10 @@ class FilteredSteps:
         """
         self.config, self.layout = config, layout
         self.counters = StepCounters()
+        self.clock = SealClock(self.counters, device)
         self._block_size, self._mark_blocks = block_size, mark_blocks
         self._buffers = gpu.StepBuffers.make(max_num_reqs, max_blocks if mark_blocks else 0, device)
-        self._rule = ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed)
+        self._rule = ScoreRule.of(config)
         self._open_cache, self._gather_heads = open_cache, gather_heads
         self._cache: gpu.GpuCache | None = None
         self._due: gpu.DueSeals | None = None
@@ -147,7 +151,9 @@ class FilteredSteps:
             capturing: whether a CUDA graph is being captured: nothing is counted then, or made due.
         """
         if self._cache is None:
-            self._cache = self._open_cache()  # in the first dummy run, so that no request waits for it
+            # In the first dummy run, so that no request waits for it.
+            self._cache = self._open_cache()
+            gpu.warm_up(self._cache, self.layout, self._rule, self._gather_heads)
         self._seal_due(self._cache)
         num_reqs, buffers = step.num_reqs, self._buffers
         gpu.adjust_step(
@@ -168,7 +174,7 @@ class FilteredSteps:
         if not capturing and real.any():
             self._count(seq_lens[real], num_computed[real], removed[real], len(self._cache.layer_addresses))
             # Rows that own nothing must not look due.
-            plan = gpu.plan_seals(
+            plan = plan_seals(
                 np.where(real, num_computed, 0), np.where(real, seq_lens, 0), self._block_size, self.layout
             )
             if plan is not None:
@@ -194,21 +200,19 @@ class FilteredSteps:
         decoding = query_lens == 1
         dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
         self.counters.count_reads(dense, filtered, num_layers, self._layers_skipping)
-        num_filtered = int(np.count_nonzero(removed))
-        self.counters.rows_filtered += num_filtered
-        if num_filtered < len(removed):
-            self.counters.rows_dense[DenseReason.SHORT] += len(removed) - num_filtered
+        self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
 
     def _seal_due(self, cache: gpu.GpuCache) -> None:
         due, self._due = self._due, None
         if due is None:
             return
-        self.seal(due, cache)
-        if self._after_seal is not None:
-            self._after_seal(due)
+        with self.clock.measure():
+            self.seal(due, cache)
+            if self._after_seal is not None:
+                self._after_seal(due)
         self.counters.seals += 1
-        self.counters.tokens_sealed += due.plan.num_chunks * self.layout.chunk_size
-        self.counters.tokens_pruned += due.plan.num_chunks * self.layout.removed_per_chunk
+        chunks = due.plan.num_chunks
+        self.counters.count_sealed(chunks * self.layout.chunk_size, chunks * self.layout.removed_per_chunk, 1.0)
 
     def seal(self, due: gpu.DueSeals, cache: gpu.GpuCache) -> Tensor:
         """Seal; see `kernels/gpu.seal_chunks`."""

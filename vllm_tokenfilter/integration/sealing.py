@@ -24,7 +24,8 @@ from vllm.distributed import get_tp_group
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.cache_view import view_paged_cache
 from vllm_tokenfilter.kernels import cpu
-from vllm_tokenfilter.layout import Layout, sealed_chunks, stored_tokens
+from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,12 @@ def due_seals(
         block_size: tokens per block.
         layout: the layout's integers.
     """
-    first = sealed_chunks(num_computed, layout, shared_chunks)
-    last = sealed_chunks(seq_lens, layout, shared_chunks)
-    rows = np.flatnonzero(last > first)
-    if not len(rows):
+    plan = plan_seals(num_computed, seq_lens, block_size, layout, shared_chunks)
+    if plan is None:
         return None
-    # The step wrote its tokens raw behind what was stored before it.
-    highest = stored_tokens(num_computed, layout, shared_chunks)[rows] + (seq_lens - num_computed)[rows]
-    width = -(-int(highest.max()) // block_size)
-    return DueSeals(
-        rows.tolist(), block_tables[rows, :width].copy(), seq_lens[rows], first[rows], last[rows], shared_chunks[rows]
-    )
+    rows = plan.rows
+    tables = block_tables[rows, : plan.num_blocks].copy()
+    return DueSeals(rows.tolist(), tables, plan.num_tokens, plan.first, plan.last, shared_chunks[rows])
 
 
 def seal(
@@ -149,7 +145,7 @@ def seal(
         due.last_chunk,
         due.own_chunk,
         layout,
-        cpu.ScoreRule(config.selector, config.fusion, config.anchor_decay, config.random_seed),
+        cpu.ScoreRule.of(config),
         np.array(cache.layer_indices, np.int64),
         torch.get_num_threads(),
         None if cache.paged.num_kv_heads == cache.total_kv_heads else functools.partial(_gather_heads, cache),

@@ -127,6 +127,9 @@ def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
             for reason, indices in status[key].items():
                 reasons[reason] = sorted(reasons.get(reason, []) + indices)
         merged[key] = reasons
+    # On a GPU vLLM may choose another backend for some of the layers.
+    if inner := sorted({status["inner_backend"] for status in statuses if "inner_backend" in status}):
+        merged["inner_backend"] = ", ".join(inner)
     for key in _SUMMED_OVER_WORKERS:
         merged[key] = sum(status[key] for status in active)
     for key in _SUMMED_OVER_GROUPS:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels.build import load_kernel
 from vllm_tokenfilter.layout import Layout
 
@@ -56,6 +57,11 @@ class ScoreRule:
     fusion: str = "variance_aware"
     decay: float = 0.9
     seed: int = 0
+
+    @classmethod
+    def of(cls, config: FilterConfig) -> "ScoreRule":
+        """The rule that the settings name."""
+        return cls(config.selector, config.fusion, config.anchor_decay, config.random_seed)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_tokenfilter.kernels.cpu import FUSION_CODES, ScoreRule
-from vllm_tokenfilter.layout import Layout, sealed_chunks, stored_tokens
+from vllm_tokenfilter.kernels.plan import DuePlan
+from vllm_tokenfilter.layout import Layout
 
 #: What the kernels can rank by; codes as in triton_seal.py.
 GPU_SELECTORS = {"anchor": 0, "random": 1, "keydiff": 2, "key_norm": 3, "value_key_norm": 4}
@@ -168,48 +168,6 @@ def adjust_step(
 
 
 @dataclass(frozen=True)
-class DuePlan:
-    """What lengths alone say a step makes due, on the host. The device leaves out what came sealed.
-
-    Attributes:
-        rows: rows of the step; arrays below have an entry per such row.
-        num_tokens: computed tokens once the step is done.
-        first: first due chunk.
-        last: one past the last due chunk.
-        num_blocks: entries of the block table the rows use.
-    """
-
-    rows: NDArray[np.int64]
-    num_tokens: NDArray[np.int64]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
-    num_blocks: int
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks due over all rows."""
-        return int((self.last - self.first).sum())
-
-    @property
-    def num_tasks(self) -> int:
-        """Chunks to look at: of each row also the one behind its due chunks, which is scored ahead."""
-        return self.num_chunks + len(self.rows)
-
-
-def plan_seals(
-    num_computed: NDArray[np.int64], seq_lens: NDArray[np.int64], block_size: int, layout: Layout
-) -> DuePlan | None:
-    """What a step makes due, or None; both arrays [num_reqs]."""
-    first, last = sealed_chunks(num_computed, layout), sealed_chunks(seq_lens, layout)
-    rows = np.flatnonzero(last > first)
-    if not len(rows):
-        return None
-    # The step wrote its tokens raw behind what was stored before it.
-    highest = (stored_tokens(num_computed, layout) + seq_lens - num_computed)[rows]
-    return DuePlan(rows, seq_lens[rows], first[rows], last[rows], -(-int(highest.max()) // block_size))
-
-
-@dataclass(frozen=True)
 class DueSeals:
     """A plan with what it needs of the step on the device, copied before the next step overwrites it.
 
@@ -351,6 +309,21 @@ def seal_chunks(
         num_warps=4,
     )
     return kept
+
+
+def warm_up(
+    cache: GpuCache, layout: Layout, rule: ScoreRule, gather_heads: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Launch a seal that finds nothing of its own to do, so that no request waits for Triton's compiler.
+
+    Every tensor-parallel rank does it at the same moment; arguments as in `seal_chunks`.
+    """
+    chunk = np.zeros(1, np.int64)
+    plan = DuePlan(chunk, chunk + layout.first_seal, chunk, chunk + 1, 1)
+    integers = {"dtype": torch.int32, "device": cache.saved_redundancy.device}
+    nothing = torch.full((1,), NO_SEALS, **integers)  # type: ignore[call-overload]
+    table = torch.zeros(1, 1, **integers)  # type: ignore[call-overload]
+    seal_chunks(cache, DueSeals.snapshot(plan, table, nothing), layout, rule, gather_heads)
 
 
 def seal_bytes_floor(cache: GpuCache, plan: DuePlan, layout: Layout) -> int:

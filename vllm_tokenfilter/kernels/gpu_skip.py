@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
 from vllm_tokenfilter.kernels.cpu import FUSION_CODES
-from vllm_tokenfilter.kernels.gpu import NO_SEALS, DuePlan, DueSeals, GpuCache
+from vllm_tokenfilter.kernels.gpu import NO_SEALS, DueSeals, GpuCache
+from vllm_tokenfilter.kernels.plan import DuePlan
 from vllm_tokenfilter.kernels.skip import PATIENCE, SkipRule
 from vllm_tokenfilter.layout import Layout
 

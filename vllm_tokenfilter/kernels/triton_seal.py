@@ -21,6 +21,12 @@ FLOAT32, BFLOAT16, FLOAT16, FP8_E4M3, FP8_E5M2 = (tl.constexpr(code) for code in
 ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM = (tl.constexpr(code) for code in range(5))
 VARIANCE_AWARE, MEAN, KEY, VALUE = (tl.constexpr(code) for code in range(4))
 
+# What differs from seal to seal: Triton must not compile anew for it while requests wait.
+_PER_SEAL = [
+    "tables", "table_stride", "num_tasks", "task_rows", "task_chunks", "num_tokens_ptr", "first_task_ptr", "asked_ptr",
+    "first_ptr", "last_ptr", "own_ptr",
+]  # fmt: skip
+
 
 @triton.jit
 def _bits_pointer(address, ENCODING: tl.constexpr):
@@ -102,7 +108,7 @@ def _due(row, first_ptr, last_ptr, own_ptr):
     return first, last, first > own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_SEAL, do_not_specialize_on_alignment=_PER_SEAL)
 def _score(
     layer_addresses,  # int64 [num_layers]
     layer_indices,  # int64 [num_layers]
@@ -250,7 +256,7 @@ def _move(
     tl.store(base + D + goal[:, None] + dims[None, :], values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PER_SEAL, do_not_specialize_on_alignment=_PER_SEAL)
 def _compact(
     layer_addresses,  # int64 [num_layers]
     tables,  # int32 [num_rows, table_stride]

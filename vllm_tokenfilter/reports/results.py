@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tokenfilter.reports.figures import Result
+from vllm_tokenfilter.reports.gpu import gpu_section
 from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown
 
 _BOOTSTRAP_DRAWS = 2000
@@ -33,6 +34,8 @@ def results_page(results: dict[str, Result]) -> str:
         parts += ["## Decoding with attention skipped\n", _skipping(skipping), _origin("skipping_speed", skipping)]
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
+    if on_gpu := results.get("gpu_attention"):
+        parts += ["## Decode attention and sealing on a GPU\n", gpu_section(on_gpu), _origin("gpu_attention", on_gpu)]
     for name, result in results.items():
         if result.get("kind") == "benchmark":
             for title, rows in benchmark_tables(result):
