@@ -37,8 +37,12 @@ def interpreted():
         pytest.skip("there is a GPU: tests/gpu runs these tests on it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        from vllm_tokenfilter import kernels
+
         for name in [name for name in sys.modules if name.startswith("vllm_tokenfilter.kernels.triton_")]:
             patch.delitem(sys.modules, name)
+            # `from package import module` would find the old one there.
+            patch.delattr(kernels, name.rpartition(".")[2], raising=False)
         yield
 
 

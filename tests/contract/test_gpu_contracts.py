@@ -13,7 +13,15 @@ from vllm.platforms import current_platform  # noqa: E402
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
-from vllm_tokenfilter.integration import gpu_backend, gpu_dispatch, gpu_step, registration  # noqa: E402
+from vllm_tokenfilter.config import FilterConfig  # noqa: E402
+from vllm_tokenfilter.integration import (  # noqa: E402
+    gpu_backend,
+    gpu_dispatch,
+    gpu_skipping,
+    gpu_step,
+    refusals,
+    registration,
+)
 
 ROOT = Path(vllm.__file__).parent
 # flashinfer is not installed beside CPU torch, so its module is read and not imported.
@@ -166,6 +174,77 @@ def test_the_kv_cache_is_packed_as_the_kernels_read_it():
 
 def test_kernel_warmup_is_the_name_the_dry_run_replaces():
     assert "kernel_warmup(self)" in source("v1", "worker", "gpu_worker.py"), "tests/gpu_dryrun/pretend_cuda.py"
+
+
+def test_triton_attention_takes_lengths_from_the_device_alone():
+    """integration/gpu_skipping.py shortens them inside the forward, where nothing can be planned any more."""
+    path = ROOT / "v1" / "attention" / "ops" / "triton_unified_attention.py"
+    tree = ast.parse(path.read_text())
+    function = next(node for node in tree.body if getattr(node, "name", "") == "unified_attention")
+    handed_on = [node.value for node in ast.walk(function) if isinstance(node, ast.keyword)]
+    read = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == "max_seqlen_k"]
+    assert all(node in handed_on for node in read), (
+        "a host-side length decides something; see integration/gpu_skipping.py"
+    )
+    assert "seq_lens_ptr=seqused_k" in path.read_text()
+    body = ast.unparse(method(classes("TRITON_ATTN")["TritonAttentionImpl"], "forward"))
+    assert "seqused_k = attn_metadata.seq_lens" in body and "output_block_scale" in body
+
+
+def test_triton_metadata_holds_what_a_layer_that_skips_reads():
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
+
+    names = {field.name for field in dataclasses.fields(TritonAttentionMetadata)}
+    read = {"query_start_loc", "seq_lens", "block_table", "slot_mapping", "num_actual_tokens", "max_query_len"}
+    assert read <= names, "integration/gpu_skipping.py (SkippingGroup.attach)"
+    assert not hasattr(TritonAttentionMetadata, "__slots__"), "integration/gpu_skipping.py sets an attribute of its own"
+
+
+def test_a_layers_forward_writes_the_cache_and_then_hands_its_own_metadata_to_the_implementation():
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    assert not TritonAttentionBackend.forward_includes_kv_cache_update, "integration/gpu_skipping.py scores cached keys"
+    text = source("model_executor", "layers", "attention", "attention.py")
+    body = " ".join(text[text.index("def unified_attention_with_output(") :][:1400].split())
+    call = "self.impl.forward( self, query, key, value, kv_cache, attn_metadata, output=output,"
+    assert call in body, "integration/gpu_skipping.py (SkippingImpl.forward)"
+    assert "self.impl.supports_quant_query_input" in text and "_k_scale" in text and "_v_scale" in text
+
+
+def test_an_implementation_that_may_skip_keeps_queries_and_outputs_in_the_models_type():
+    impl = gpu_backend.backend_over("TRITON_ATTN").get_impl_cls()
+    names = [owner.__name__ for owner in impl.__mro__[:4]]
+    assert names == ["ImplOverTRITON_ATTN", "SkippingImpl", "SortingImpl", "TritonAttentionImpl"]
+    assert impl.skipping is None
+    assert impl.forward is gpu_skipping.SkippingImpl.forward
+    theirs = AttentionBackendEnum.TRITON_ATTN.get_class().get_impl_cls()
+    assert "fused_output_quant_supported" in vars(theirs), "integration/gpu_skipping.py overrides it"
+    assert "self.supports_quant_query_input = " in inspect.getsource(theirs.__init__)
+
+
+def test_backends_that_plan_ahead_are_refused_with_skipping_and_no_other():
+    text = source("v1", "attention", "backends", "flash_attn.py")
+    assert "self.aot_schedule = get_flash_attn_version() == 3" in text, "refusals.py says that FLASH_ATTN plans ahead"
+    assert "seq_lens_cpu" in source("v1", "attention", "backends", "flashinfer.py"), "and FLASHINFER, on the host"
+
+
+@pytest.mark.parametrize("inner, ratio, refused", [
+    ("auto", 0.5, True), ("FLASH_ATTN", 0.5, True), ("FLASHINFER", 0.5, True), ("TRITON_ATTN", 0.5, False),
+    ("FLASH_ATTN", 0, False),
+])  # fmt: skip
+def test_the_refusal_names_setting_value_and_remedy(monkeypatch, inner, ratio, refused):
+    class Cuda:
+        device_type = "cuda"
+        is_cpu = staticmethod(lambda: False)
+        is_cuda = staticmethod(lambda: True)
+
+    monkeypatch.setattr(refusals, "current_platform", Cuda)
+    config = FilterConfig.parse({"attention_skipping": {"ratio": ratio}, "inner_backend": inner})
+    about = [refusal for refusal in refusals.REFUSALS if refusal.setting == "inner_backend"]
+    sentences = [r.sentence(value) for r in about if (value := r.found(None, config)) is not None]
+    assert len(sentences) == refused
+    for sentence in sentences:
+        assert f"inner_backend={inner} " in sentence and "inner_backend: TRITON_ATTN" in sentence
 
 
 def test_the_decode_kernels_are_called_as_the_benchmark_calls_them():

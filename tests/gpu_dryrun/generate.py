@@ -17,16 +17,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def watch(seals, steps):
-    """Note what each seal kept, by request and chunk, and the tokens each step computed of each request."""
+def watch(seals, steps, skips):
+    """Note what each seal kept, by request and chunk, whose attention was skipped, by request and layer, and the tokens
+    each step computed of each request."""
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from vllm_tokenfilter.integration.gpu_skipping import SkippingGroup
     from vllm_tokenfilter.integration.gpu_step import FilteredSteps
 
     rows, due_rows = [], []  # the requests of the running step's rows, and of the step that made seals due
     seal, adjust, schedule = FilteredSteps.seal, FilteredSteps.adjust, Scheduler.schedule
+    decide = SkippingGroup.decide
     prepare, build = DefaultModelState.prepare_attn, GPUModelRunner._build_attention_metadata
 
     def watched_schedule(self, *args, **kwargs):
@@ -59,6 +62,14 @@ def watch(seals, steps):
             task += last - first + 1
         return kept
 
+    def watched_decide(self, place, step):
+        decide(self, place, step)
+        layer, starts = int(self._kept.cache.layer_indices[place]), step.rows.query_start_loc.tolist()
+        for name, start, end in zip(rows, starts, starts[1:], strict=False):
+            if end > start and step.rows.slot_mapping[start] >= 0:
+                skips.append([name, layer, self._buffers.skipped[start:end].tolist()])
+
+    SkippingGroup.decide = watched_decide
     Scheduler.schedule, FilteredSteps.adjust, FilteredSteps.seal = watched_schedule, watched_adjust, watched_seal
     DefaultModelState.prepare_attn, GPUModelRunner._build_attention_metadata = watched_prepare, watched_build
 
@@ -74,8 +85,8 @@ def main(task):
         settings["kernel_config"] = {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}
     from vllm import LLM, SamplingParams
 
-    seals, steps = [], {}
-    watch(seals, steps)
+    seals, steps, skips = [], {}, []
+    watch(seals, steps, skips)
     llm = LLM(model=task["model"], **{**settings, **task["llm"]})
     filtering = "additional_config" in task["llm"]
     sampling = SamplingParams(
@@ -98,6 +109,7 @@ def main(task):
         "runner": type(worker.model_runner).__module__,
         "steps": steps,
         "seals": seals,
+        "skips": skips,
         "status": llm.collective_rpc("token_filtering_status")[0] if filtering else None,
         "logprobs": [
             [sorted(entry.logprob for entry in step.values()) for step in answer.outputs[0].logprobs or []]

@@ -105,6 +105,9 @@ def hold_to_reference(model, found, prompts, settings, taken_over=None, toleranc
     choices = {}
     for name, layer, chunk, kept in found["seals"]:
         choices.setdefault(name, {})[layer, chunk] = kept
+    skips = {}
+    for name, layer, skipped in found["skips"]:
+        skips.setdefault(name, {}).setdefault(layer, []).extend(skipped)
     results = []
     for name, ids, output in zip(found["names"], prompts, found["tokens"], strict=True):
         full = next(key for key in found["steps"] if key.partition("-")[0] == name)
@@ -115,7 +118,12 @@ def hold_to_reference(model, found, prompts, settings, taken_over=None, toleranc
             steps, start = steps[:-1], start + steps[-1]
         pieces = taken_over(start, results) if start else None
         own = {key: kept for key, kept in choices.get(full, {}).items() if kept[0] >= 0}
-        result = reference.run(model, tokens, steps, settings, own, tie=tolerance.tie, taken_over=pieces)
+        skipped = skips.get(full)
+        result = reference.run(
+            model, tokens, steps, settings, own, tie=tolerance.tie, taken_over=pieces, backend_skips=skipped
+        )
+        for layer, decisions in (skipped or {}).items():
+            assert result.skipped[layer].tolist() == [bool(skip) for skip in decisions[: len(tokens)]]
         assert result.near_ties <= tolerance.ties * max(result.choices, 50)
         logprobs = result.logprobs[len(ids) - 1 : len(ids) - 1 + len(output)]
         chosen = logprobs[torch.arange(len(output)), output]
@@ -156,3 +164,36 @@ def test_a_request_that_hits_the_prefix_cache_beside_dense_layers_gives_the_refe
     )
     assert results[1][0] > 0
     assert found["status"]["layers_dense"] == {"configured_dense": [1]}
+
+
+SKIPPING = {
+    "none, on model runner v1": ({"pruning_ratio": 0}, {"ratio": 0}, "none", False),
+    "window beside filtering": ({"pruning_ratio": 0.5}, {"ratio": 0.5}, "window", True),
+    "running_output beside filtering and a dense layer": (
+        {"pruning_ratio": 0.5, "dense_layers": [0]},
+        {"ratio": 0.5, "dense_layers": (0,)},
+        "running_output",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_attention_is_skipped_as_the_reference_skips_it(tiny, tmp_path, name):
+    model, folder = tiny
+    settings, others, substitute, v2 = SKIPPING[name]
+    prompts = [prompt(length, length) for length in LENGTHS[:3]]
+    skipping = {"ratio": 0.5, "substitute": substitute, "skip_window": 32}
+    found = generate(
+        folder, tmp_path / "out.json", [prompts], {**settings, "attention_skipping": skipping}, v2,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    own = reference.Settings(**others, skip=(0.5, 0.5), substitute=substitute, skip_window=32)
+    results = hold_to_reference(model, found, prompts, own)
+    status = found["status"]
+    assert status["layers_skipping"] == [0, 1] and status["layers_unskipped"] == {}
+    assert status["attentions_skipped"] == sum(sum(skipped) for _, _, skipped in found["skips"]) > 0
+    # The last token that is asked for is never computed, unless async scheduling did it ahead.
+    decided = sum(2 * (len(result.skipped[0]) - own.warmup) for _, result in results[1:])
+    assert decided <= status["attentions_decided"] <= decided + 2 * len(prompts)
+    assert status["reads_done"] < status["reads_filtered"] <= status["reads_dense"]

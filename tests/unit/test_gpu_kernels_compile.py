@@ -12,26 +12,41 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_tokenfilter.kernels import triton_lengths, triton_seal
+from vllm_tokenfilter.kernels import triton_lengths, triton_seal, triton_skip
 
 POINTERS = {
-    "*i64": "layer_addresses layer_indices slot_mapping",
+    "*i64": "layer_addresses layer_indices slot_mapping totals",
     "*i32": "tables task_rows task_chunks first_ptr last_ptr own_ptr num_tokens_ptr first_task_ptr asked_ptr kept "
-    "query_start_loc seq_lens stored_lens shared_chunks clean_tables",
-    "*fp32": "saved known scores redundancy",
-    "fp32": "decay_log2",
-    "i64": "block_stride head_stride saved_stride",
+    "query_start_loc seq_lens stored_lens shared_chunks clean_tables rows debts read_lens below skipped",
+    "*fp32": "saved known scores redundancy similarities means weights key_scale value_scale",
+    "*bf16": "query output",
+    "fp32": "decay_log2 decay scale softcap",
+    "i64": "block_stride head_stride saved_stride kept_stride",
 }
 TYPES = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
 SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
 SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
 LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, SHARES=True, NO_SEALS=1 << 30, TILE=128)
+STEP = dict(D=128, BLOCK_SIZE=16, BLOCK_D=128, BLOCK_R=256, TILE=32, ENCODING=1)
+DECIDE = dict(HISTORY=64, UNITS=10000, PATIENCE=8, BLOCK_SIZE=16, BLOCK_N=64, CAPACITY=8192, FUSION=0)
+WINDOW = dict(SINKS=4, WINDOW=64, GROUP=4, BLOCK_G=16)
 KERNELS = [
     (triton_seal._score, dict(SEAL, M=64, SELECTOR=0)),
     (triton_seal._score, dict(SEAL, M=64, SELECTOR=0, ENCODING=3)),
     (triton_seal._score, dict(SEAL, M=64, SELECTOR=1)),
     (triton_seal._compact, dict(SEAL, BLOCK_C=64, FUSION=0)),
     (triton_lengths.step_lengths, LENGTHS),
+    (triton_skip.describe_rows, dict(C=64, K=32, W=64, FILTERED=True)),
+    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192)),
+    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192, ENCODING=3)),
+    (triton_skip.decide_rows, dict(DECIDE, TILE=32)),
+    (triton_skip.decide_rows, dict(DECIDE, TILE=1)),
+    (triton_skip.put_zero, dict(WIDTH=4096, TILE=1024)),
+    (triton_skip.attend_window, dict(WINDOW, **STEP)),
+    (triton_skip.attend_window, dict(WINDOW, **dict(STEP, ENCODING=3))),
+    (triton_skip.average_outputs, dict(WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
+    (triton_skip.carry_kept, dict(C=64, K=32, BLOCK_SIZE=16, TILE=128)),
+    (triton_skip.carry_means, dict(C=64, K=32, WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
 ]
 for kernel, constants in KERNELS:
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}

@@ -4,6 +4,7 @@ Here in Triton's interpreter; tests/gpu/test_steps.py runs the tests of steps on
 """
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -283,6 +284,36 @@ def test_a_group_of_dense_layers_passes_through_and_is_counted_with_its_reason()
     prefix, given, *_ = builder.build(3, now)
     assert prefix == 3 and given is now
     assert builder.counters.rows_dense == {"configured_dense": 1}
+
+
+def test_layers_that_skip_are_told_of_every_step_and_every_seal_and_their_reads_are_counted_apart():
+    steps, attached, followed = make_steps(), [], []
+    builder = builder_over_a_recorder(steps)
+    builder._skipping = SimpleNamespace(attach=lambda *arguments: attached.append(arguments))
+    steps.followed_by(followed.append, 1)
+    tables = np.arange(24, dtype=np.int32)[None]
+    builder.build(0, step([0], [200], tables))
+    assert not followed
+    now = step([200], [1], tables)
+    metadata = builder.build(0, now)
+    assert [due.plan.num_chunks for due in followed] == [2]
+    given, common, seq_lens, shared = attached[-1]
+    assert given is metadata and common is now
+    assert seq_lens.tolist() == [201] and shared.tolist() == [0]
+    # Two layers, one of which skips and counts its reads on the device.
+    counters = steps.counters
+    assert (counters.reads_dense, counters.reads_filtered, counters.reads_done) == (2 * 201, 2 * 137, 137)
+
+
+def test_a_group_that_keeps_every_token_can_skip_too():
+    builder, attached = builder_over_a_recorder(None), []
+    builder._skipping = SimpleNamespace(attach=lambda *arguments: attached.append(arguments))
+    builder._layers_skipping, builder._dense = [0], {"pruning_ratio_zero": [0, 1, 2]}
+    now = step([300, 0], [1, 20], np.arange(48, dtype=np.int32).reshape(2, 24))
+    builder.build(0, now)
+    ((_, common, seq_lens, shared),) = attached
+    assert common is now and seq_lens.tolist() == [301, 20] and shared is None
+    assert (builder.counters.reads_dense, builder.counters.reads_done) == (3 * 301, 2 * 301)
 
 
 class Event:

@@ -327,9 +327,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
     def _count(self, part: _Part, step: "_Step", removed: NDArray[np.int64]) -> None:
         decoding = step.query_lens == 1
         dense, filtered = int(step.seq_lens[decoding].sum()), int((step.seq_lens - removed)[decoding].sum())
-        self.counters.reads_dense += dense * len(part.layers)
-        self.counters.reads_filtered += filtered * len(part.layers)
-        self.counters.reads_done += filtered * (len(part.layers) - len(part.skipping_layers))
+        self.counters.count_reads(dense, filtered, len(part.layers), len(part.skipping_layers))
         if not self._filtered:
             self.counters.rows_dense[next(iter(self._dense))] += len(step.query_lens)
             return

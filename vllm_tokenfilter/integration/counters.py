@@ -67,6 +67,19 @@ class StepCounters:
         self.tokens_sealed += sealed * share
         self.tokens_pruned += pruned * share
 
+    def count_reads(self, dense: int, filtered: int, num_layers: int, num_skipping: int) -> None:
+        """Add the cache entries that a step's rows of one new token read.
+
+        Args:
+            dense: what a layer would read without us.
+            filtered: what it reads after KV filtering.
+            num_layers: layers of the group.
+            num_skipping: those that skip attention, whose reads are counted where it is decided.
+        """
+        self.reads_dense += dense * num_layers
+        self.reads_filtered += filtered * num_layers
+        self.reads_done += filtered * (num_layers - num_skipping)
+
     def as_dict(self) -> dict[str, Any]:
         """The totals as plain types."""
         return {

@@ -4,7 +4,8 @@ For each backend of vLLM that can be inside there is a class `OVER_<name>`, made
 backend (its name, layouts, block sizes, CUDA graph support) is answered by the one inside. Two hooks are ours:
 
 - the metadata builder hands the inner builder an adjusted step (`gpu_step.FilteredSteps`);
-- the implementation sorts the model's layers once all weights are loaded, as on CPU.
+- the implementation sorts the model's layers once all weights are loaded, as on CPU, and may skip attention
+  (`gpu_skipping.SkippingImpl`).
 
 A KV-cache group holds filtered layers only or dense layers only, so a builder adjusts every step or none.
 
@@ -14,6 +15,7 @@ Source: vllm/v1/attention/backends/triton_attn.py, flash_attn.py, flashinfer.py;
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals, status
 from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.gpu_skipping import SkippingGroup, SkippingImpl
 from vllm_tokenfilter.integration.gpu_step import FilteredSteps, HostLengths
-from vllm_tokenfilter.integration.layers import num_layers, sort_layers
+from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
 from vllm_tokenfilter.integration.lifecycle import SortingImpl, log_totals_at_end
 from vllm_tokenfilter.kernels.gpu import GpuCache
 from vllm_tokenfilter.layout import shares_prefixes
@@ -53,6 +56,8 @@ class FilteringBuilder:
     inner_name: str
     #: Metadata of one group must not be carried over to another: groups read other lengths.
     supports_update_block_table = False
+    _skipping: SkippingGroup | None = None
+    _layers_skipping: Sequence[int] = ()
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -64,7 +69,32 @@ class FilteringBuilder:
         self._capturing = False
         self._steps = self._make_steps(kv_cache_spec, vllm_config, device) if self._filtered else None
         self.counters = self._steps.counters if self._steps else StepCounters()
-        log_totals_at_end(self, self.counters, self._steps.clock.settle if self._steps else None)
+        skipping, self._unskipped = sort_skipping(vllm_config, self.config, layer_names)
+        self._layers_skipping = list(skipping)
+        if skipping:
+            self._skipping = self._make_skipping(skipping, vllm_config, device)
+            if self._steps:
+                self._steps.followed_by(self._skipping.follow, len(skipping))
+        clock = self._steps.clock if self._steps else None
+        settles = [own.settle for own in (clock, self._skipping) if own is not None]
+        self._settle = functools.partial(_settle_all, settles)
+        log_totals_at_end(self, self.counters, self._settle)
+
+    def _make_skipping(
+        self, skipping: dict[int, Attention], vllm_config: VllmConfig, device: torch.device
+    ) -> SkippingGroup:
+        return SkippingGroup.of(
+            self.config,
+            skipping,
+            self.config.skip_units(num_layers(vllm_config)),
+            self._steps.layout if self._steps else None,
+            vllm_config,
+            device,
+            self.counters,
+            functools.partial(
+                _open_cache, list(skipping), list(skipping.values()), vllm_config.cache_config.cache_dtype
+            ),
+        )
 
     def _make_steps(self, kv_cache_spec: AttentionSpec, vllm_config: VllmConfig, device: torch.device) -> FilteredSteps:
         cache_config, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
@@ -99,16 +129,15 @@ class FilteringBuilder:
 
     def status(self) -> dict[str, Any]:
         """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
-        if self._steps is not None:
-            self._steps.clock.settle()
+        self._settle()
         mode = self._vllm_config.compilation_config.cudagraph_mode
         return {
             **status.describe(
                 self.config,
                 list(self._filtered),
                 self._dense,
-                [],
-                {},
+                list(self._layers_skipping),
+                self._unskipped,
                 num_layers(self._vllm_config),
                 self.counters.as_dict(),
             ),
@@ -134,16 +163,23 @@ class FilteringBuilder:
         """See `AttentionMetadataBuilder.build`; `common_attn_metadata.slot_mapping` is rewritten in place."""
         common = common_attn_metadata
         inner: Any = super()
+        skipping, seq_lens = self._skipping, common.seq_lens[: common.num_reqs]
         if self._steps is None:
             self._count_dense(common)
-            return inner.build(common_prefix_len, common, fast_build, **kwargs)
+            metadata = inner.build(common_prefix_len, common, fast_build, **kwargs)
+            if skipping is not None:
+                skipping.attach(metadata, common, seq_lens, None)
+            return metadata
         adjusted = self._steps.adjust(common, self._capturing)
-        return inner.build(
+        metadata = inner.build(
             0,  # packed tokens are no common prefix
             common.replace(**vars(adjusted), _num_computed_tokens_cache=None),
             fast_build,
             **kwargs,
         )
+        if skipping is not None:
+            skipping.attach(metadata, common, seq_lens, self._steps.shared_chunks(common.num_reqs))
+        return metadata
 
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
         lengths = HostLengths.of(common)
@@ -151,6 +187,9 @@ class FilteringBuilder:
             return
         self.counters.tokens_seen += int((lengths.seq_lens - lengths.num_computed)[lengths.real].sum())
         self.counters.rows_dense[next(iter(self._dense))] += int(lengths.real.sum())
+        decoding = lengths.real & (lengths.seq_lens - lengths.num_computed == 1)
+        reads, layers = int(lengths.seq_lens[decoding].sum()), sum(len(own) for own in self._dense.values())
+        self.counters.count_reads(reads, reads, layers, len(self._layers_skipping))
 
 
 @functools.cache
@@ -159,7 +198,7 @@ def backend_over(name: str) -> type[AttentionBackend]:
     inner = AttentionBackendEnum[name].get_class()
     attributes = {"inner_name": name, "__module__": __name__}
     builder = type(f"FilteringBuilderOver{name}", (FilteringBuilder, inner.get_builder_cls()), dict(attributes))
-    impl = type(f"ImplOver{name}", (SortingImpl, inner.get_impl_cls()), dict(attributes))
+    impl = type(f"ImplOver{name}", (SkippingImpl, SortingImpl, inner.get_impl_cls()), dict(attributes))
     return type(
         f"OVER_{name}",
         (inner,),
@@ -195,3 +234,8 @@ def _gather_heads(total_kv_heads: int, scores: torch.Tensor) -> torch.Tensor:
     gathered: torch.Tensor = get_tp_group().all_gather(scores, dim=2)
     # KV heads that are fewer than ranks are repeated on neighbouring ranks.
     return gathered[:, :, :: gathered.shape[2] // total_kv_heads]
+
+
+def _settle_all(settles: list[Callable[[], None]]) -> None:
+    for settle in settles:
+        settle()

@@ -130,6 +130,16 @@ class FilteredSteps:
         self._open_cache, self._gather_heads = open_cache, gather_heads
         self._cache: gpu.GpuCache | None = None
         self._due: gpu.DueSeals | None = None
+        self._after_seal: Callable[[gpu.DueSeals], None] | None = None
+        self._layers_skipping = 0
+
+    def followed_by(self, after_seal: Callable[[gpu.DueSeals], None], layers_skipping: int) -> None:
+        """Call back after each seal, in the stream's order; so many of the layers skip attention."""
+        self._after_seal, self._layers_skipping = after_seal, layers_skipping
+
+    def shared_chunks(self, num_reqs: int) -> Tensor:
+        """Chunks that the rows of the adjusted step took over sealed, int32 [num_reqs]; NO_SEALS for dummies."""
+        return self._buffers.shared_chunks[:num_reqs]
 
     def adjust(self, step: Step, capturing: bool = False) -> Adjusted:
         """Seal what the step before made due, and say what this one's attention is to read.
@@ -162,7 +172,7 @@ class FilteredSteps:
         removed = removed_tokens(num_computed, self.layout)
         max_seq_len = step.max_seq_len
         if not capturing and real.any():
-            self._count((seq_lens - num_computed)[real], removed[real])
+            self._count(seq_lens[real], num_computed[real], removed[real], len(self._cache.layer_addresses))
             # Rows that own nothing must not look due.
             plan = plan_seals(
                 np.where(real, num_computed, 0), np.where(real, seq_lens, 0), self._block_size, self.layout
@@ -178,8 +188,18 @@ class FilteredSteps:
         """Whether the last step left chunks to seal."""
         return self._due is not None
 
-    def _count(self, query_lens: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
+    def _count(
+        self,
+        seq_lens: NDArray[np.int64],
+        num_computed: NDArray[np.int64],
+        removed: NDArray[np.int64],
+        num_layers: int,
+    ) -> None:
+        query_lens = seq_lens - num_computed
         self.counters.tokens_seen += int(query_lens.sum())
+        decoding = query_lens == 1
+        dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
+        self.counters.count_reads(dense, filtered, num_layers, self._layers_skipping)
         self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
 
     def _seal_due(self, cache: gpu.GpuCache) -> None:
@@ -188,6 +208,8 @@ class FilteredSteps:
             return
         with self.clock.measure():
             self.seal(due, cache)
+            if self._after_seal is not None:
+                self._after_seal(due)
         self.counters.seals += 1
         chunks = due.plan.num_chunks
         self.counters.count_sealed(chunks * self.layout.chunk_size, chunks * self.layout.removed_per_chunk, 1.0)

@@ -293,12 +293,14 @@ REFUSALS = (
         ),
     ),
     Refusal(
-        "attention_skipping.ratio",
-        "is built for the CPU backend in this version",
-        "use 0 here; KV filtering works on this device",
+        "inner_backend",
+        "may plan a step's reads ahead of its forward, and attention skipping shortens them inside it",
+        "use inner_backend: TRITON_ATTN on a GPU, or attention_skipping.ratio=0",
         lambda vllm_config, config: (
-            config.attention_skipping.ratio
-            if config.attention_skipping.ratio > 0 and not current_platform.is_cpu()
+            config.inner_backend
+            if config.attention_skipping.ratio > 0
+            and current_platform.is_cuda()
+            and config.inner_backend != "TRITON_ATTN"
             else None
         ),
     ),

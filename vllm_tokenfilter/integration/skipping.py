@@ -29,23 +29,6 @@ from vllm_tokenfilter.kernels import skip
 from vllm_tokenfilter.kernels.cpu import PagedCache
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
-#: Scores the threshold is a quantile of: what is always raw, and enough of it.
-_MOST_HISTORY = 256
-
-
-def skip_rule(config: FilterConfig) -> skip.SkipRule:
-    """The kernels' rule for these settings."""
-    skipping = config.attention_skipping
-    return skip.SkipRule(
-        terms=config.anchor_terms,
-        fusion=config.fusion,
-        decay=config.anchor_decay,
-        history=min(config.recent_window, _MOST_HISTORY),
-        warmup=skipping.warmup_tokens,
-        sinks=config.sink_tokens,
-        window=skipping.skip_window,
-    )
-
 
 class SkippingLayers:
     """The layers of one layout that skip, with what is kept of their raw tokens."""
@@ -62,7 +45,7 @@ class SkippingLayers:
             config: our settings.
             num_layers: layers of the model.
         """
-        self.config, self.rule = config, skip_rule(config)
+        self.config, self.rule = config, skip.SkipRule.of(config)
         self.paged: PagedCache = view_paged_cache(caches, isa)
         units = config.skip_units(num_layers)
         self.units = {index: units[index] for index in layer_indices}

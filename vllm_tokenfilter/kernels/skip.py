@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_tokenfilter.config import SKIP_UNITS
+from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
 from vllm_tokenfilter.kernels.build import load_kernel
 from vllm_tokenfilter.kernels.cpu import FUSION_CODES, PagedCache, pointer
 
 #: A debt of this many tokens moves the level by the whole ratio range: small against 1000 tokens, large against noise.
 PATIENCE = 8
+#: Scores the threshold is a quantile of: what is always raw, and enough of it.
+_MOST_HISTORY = 256
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class SkipRule:
     warmup: int
     sinks: int
     window: int
+
+    @classmethod
+    def of(cls, config: FilterConfig) -> "SkipRule":
+        """The rule for these settings."""
+        skipping = config.attention_skipping
+        return cls(
+            terms=config.anchor_terms,
+            fusion=config.fusion,
+            decay=config.anchor_decay,
+            history=min(config.recent_window, _MOST_HISTORY),
+            warmup=skipping.warmup_tokens,
+            sinks=config.sink_tokens,
+            window=skipping.skip_window,
+        )
 
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
