@@ -58,7 +58,7 @@ def inspect(folder: Path) -> None:
     page = folder / "inspect.html"
     command = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "inspect", "--text", str(ROOT / "docs" / "memory.md")]
     subprocess.run([*command, "--html", str(page), "--limit", "700"], check=True, cwd=ROOT)
-    screenshot(page, ROOT / "docs" / "inspect.png", 1670, fragment="#200")
+    screenshot(page, ROOT / "docs" / "inspect.png", 1540, fragment="#200")
 
 
 def dashboard(folder: Path) -> None:
