@@ -3,8 +3,11 @@
 import pytest
 
 
-def save(folder, tokenizer):
-    """Write it with another model's tokenizer; seeded, with logits far enough apart for greedy text to be stable."""
+def save(folder, tokenizer, **changes):
+    """Write it with another model's tokenizer; seeded, with logits far enough apart for greedy text to be stable.
+
+    `changes` go into its configuration.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +22,7 @@ def save(folder, tokenizer):
         max_position_embeddings=4096,
         initializer_range=0.2,
         tie_word_embeddings=True,
+        **changes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

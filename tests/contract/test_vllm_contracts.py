@@ -231,3 +231,48 @@ def test_endpoint_plugins_are_loaded_by_name_and_requests_are_checked_where_we_l
     assert "self._validate_params(params" in inspect.getsource(InputProcessor.process_inputs), (
         "integration/workarounds.py: refuse_opting_out"
     )
+
+
+def test_what_a_layer_caches_can_be_watched_through_its_implementation(monkeypatch):
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention, attention
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    ours = "integration/observing.py copies what each layer writes"
+    assert parameters(get_layers_from_vllm_config) == ["vllm_config", "layer_type", "layer_names"], ours
+    assert extract_layer_index("model.layers.7.self_attn.attn") == 7, ours
+    assert "self.kv_sharing_target_layer_name = " in inspect.getsource(Attention.__init__), ours
+
+    # It hangs its own function on the instance: the write must be looked up there, with these arguments.
+    class Implementation:
+        def do_kv_cache_update(self, *arguments):
+            raise AssertionError(ours)
+
+    class Layer:
+        impl = Implementation()
+
+    layer, written = Layer(), []
+    layer.impl.do_kv_cache_update = lambda *arguments: written.append(arguments)
+    key, value, cache, slots = (torch.zeros(1) for _ in range(4))
+    monkeypatch.setattr(attention, "get_attention_context", lambda name: (None, layer, cache, slots))
+    attention.unified_kv_cache_update(key, value, "model.layers.7.self_attn.attn")
+    (arguments,) = written
+    assert list(map(id, arguments)) == list(map(id, (layer, key, value, cache, slots))), ours
+    cpu = cpu_attn.CPUAttentionBackendImpl
+    assert cpu.__dictoffset__, ours
+    assert "do_kv_cache_update" not in inspect.getsource(cpu.forward), ours
+
+
+def test_hidden_states_of_a_step_can_be_taken_where_prompt_logprobs_are_made():
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    ours = "integration/scoring.py, and with it evaluate and inspect, feeds sequences and takes their hidden states"
+    assert parameters(GPUModelRunner._get_prompt_logprobs_dict) == ["self", "hidden_states", "num_scheduled_tokens"], (
+        ours
+    )
+    source = inspect.getsource(GPUModelRunner)
+    assert "self._get_prompt_logprobs_dict(" in source, ours
+    read = inspect.getsource(GPUModelRunner._get_prompt_logprobs_dict)
+    assert "query_start_loc.np[" in read and "num_computed_tokens" in read, ours
+    assert "self.scheduler_config.long_prefill_token_threshold" in inspect.getsource(Scheduler.schedule), ours

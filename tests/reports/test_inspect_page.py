@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,8 +78,44 @@ def test_every_picture_has_a_name_and_a_table_that_says_the_same(page):
     assert len(pictures) == 3
     for picture in pictures:
         assert picture["role"] == "img" and picture["tabindex"] == "0"
-        assert {picture["aria-labelledby"], picture["aria-describedby"]} <= ids
+        assert {picture["aria-labelledby"], picture["aria-describedby"], picture["aria-details"]} <= ids
+        assert picture["aria-details"].endswith("-table")
     assert sum(attributes.get("role") == "option" for _, attributes in elements) == 400
+
+
+def luminance(colour):
+    parts = [part / 255 for part in colour]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """As WCAG 2.2 defines it."""
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_what_is_behind_them(page, mode):
+    block = re.findall(r":root \{(.*?)\}", page, re.DOTALL)[mode]
+    found = dict(re.findall(r"--([a-z]+): ([^;]+);", block))
+    hexes = {name: tuple(bytes.fromhex(value[1:])) for name, value in found.items() if value.startswith("#")}
+    heat, strong = [int(part) for part in found["heat"].split(",")], float(found["strong"])
+    shaded = [strong * hot + (1 - strong) * paper for hot, paper in zip(heat, hexes["paper"], strict=True)]
+    assert contrast(hexes["ink"], hexes["paper"]) > 7
+    assert contrast(hexes["ink"], shaded) > 4.5, "a token that every layer dropped"
+    assert contrast(hexes["faint"], hexes["paper"]) > 4.5
+    for line in ("key", "value", "cost", "gain"):
+        assert contrast(hexes[line], hexes["paper"]) > 3, line
+
+
+def test_the_page_has_one_main_part_and_headings_in_order(page):
+    tags = [tag for tag, _ in Elements(page).found]
+    assert tags.count("main") == 1
+    headings = [int(tag[1]) for tag in tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1 and set(headings[1:]) == {2}
+    captions = [attributes for tag, attributes in Elements(page).found if attributes.get("role") == "region"]
+    assert all(attributes["tabindex"] == "0" and attributes["aria-label"] for attributes in captions), "cannot scroll"
 
 
 def test_a_text_too_short_to_be_filtered_says_so():
@@ -133,6 +170,25 @@ def test_a_browser_shows_the_page_in_light_and_dark(page, tmp_path, mode):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("mode", [[], ["--blink-settings=preferredColorScheme=0"]], ids=["light", "dark"])
+def test_an_accessibility_checker_finds_nothing(page, tmp_path, mode):
+    checker = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
+    axe = (Path(checker.__file__).parent / "axe.min.js").read_text()
+    script = (
+        f"<script>{axe}</script><script>axe.run({{runOnly: ['wcag2a', 'wcag2aa', 'wcag21aa', 'best-practice']}}).then("
+        "(found) => { document.body.dataset.found = JSON.stringify({passes: found.passes.length, "
+        "violations: found.violations.map((one) => [one.help, one.nodes[0].html])}); });</script></body>"
+    )
+    broken = page.replace('<html lang="en">', "<html>")
+    for content, fails in ((page, False), (broken, True)):
+        dom = browse(content.replace("</body>", script), tmp_path, *mode, "--virtual-time-budget=30000", "--dump-dom")
+        found = json.loads(
+            next(attributes for _, attributes in Elements(dom).found if "data-found" in attributes)["data-found"]
+        )
+        assert found["passes"] > 20 and bool(found["violations"]) == fails, found["violations"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_keys_move_the_cursor_and_a_reader_is_told(page, tmp_path):
     keys = ["End", "ArrowLeft", "Home", "PageDown", "ArrowDown", "ArrowRight"]  # 64 + 16 + 1
     script = (
@@ -146,6 +202,8 @@ def test_keys_move_the_cursor_and_a_reader_is_told(page, tmp_path):
     )
     dom = browse(page.replace("</body>", script), tmp_path, "--dump-dom", fragment="#200")
     assert 'aria-activedescendant="t81"' in dom
+    chosen = [attributes["id"] for _, attributes in Elements(dom).found if attributes.get("aria-selected") == "true"]
+    assert chosen == ["t81"]
     told = json.loads(
         next(attributes for _, attributes in Elements(dom).found if "data-told" in attributes)["data-told"]
     )

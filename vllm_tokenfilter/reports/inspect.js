@@ -82,7 +82,7 @@ function drawMap() {
   pen.textAlign = "right";
   pen.textBaseline = "middle";
   const every = Math.ceil(rows / 12);
-  for (let i = 0; i < rows; i += every) pen.fillText(data.layers[i], LEFT - 6, ((i + 0.5) / rows) * height);
+  for (let i = 0; i < rows; i += every) pen.fillText(data.layers[i], LEFT - 6, Math.max(((i + 0.5) / rows) * height, 7));
   if (row() >= 0) {
     pen.strokeStyle = colour("--key");
     pen.lineWidth = 2;
@@ -170,10 +170,17 @@ function tell() {
 
 function go(token, scroll) {
   spans[cursor].classList.remove("at");
+  spans[cursor].removeAttribute("aria-selected");
   cursor = Math.min(Math.max(token, 0), count - 1);
   spans[cursor].classList.add("at");
+  spans[cursor].setAttribute("aria-selected", "true");
   text.setAttribute("aria-activedescendant", spans[cursor].id);
-  if (scroll) text.scrollTop = spans[cursor].offsetTop - text.offsetTop - text.clientHeight / 2;
+  if (scroll) {
+    // In whole lines, so that none is cut at the top.
+    const style = getComputedStyle(text), line = parseFloat(style.lineHeight);
+    const above = (spans[cursor].offsetTop - text.offsetTop - text.clientHeight / 2) / line;
+    text.scrollTop = above < 1 ? 0 : Math.round(above) * line + parseFloat(style.paddingTop);
+  }
   tell();
   draw();
 }

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def render_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any]) 
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title><style>{_resource('inspect.css')}</style></head><body>",
+            f"<title>{html.escape(title)}</title><style>{_resource('inspect.css')}</style></head><body><main>",
             f"<h1>{html.escape(title)}</h1>",
             _summary(seen, config),
             _controls(seen),
@@ -52,6 +53,7 @@ def render_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any]) 
             _layer_table(seen),
             _loss_table(seen),
             f"<p><small>{html.escape(_origin(origin, config))}</small></p>",
+            "</main>",
             f'<script type="application/json" id="data">{_data(seen, config)}</script>',
             f"<script>{_resource('inspect.js')}</script></body></html>\n",
         ]
@@ -132,11 +134,11 @@ def _text(seen: Inspection) -> str:
 
 
 def _maps() -> str:
-    def figure(name: str, title: str, label: str, legend: str, note: str) -> str:
+    def figure(name: str, title: str, table: str, legend: str, note: str) -> str:
         return (
-            f'<h2 id="{name}-head">{title}</h2><p class="note">{note}</p><div class="legend">{legend}</div>'
-            f'<canvas id="{name}" tabindex="0" role="img" aria-labelledby="{name}-head" aria-describedby="{label}">'
-            "</canvas>"
+            f'<h2 id="{name}-head">{title}</h2><p class="note" id="{name}-note">{note}</p>'
+            f'<div class="legend">{legend}</div><canvas id="{name}" tabindex="0" role="img" '
+            f'aria-labelledby="{name}-head" aria-describedby="{name}-note" aria-details="{table}"></canvas>'
         )
 
     def sample(name: str, colour: str) -> str:
@@ -148,7 +150,8 @@ def _maps() -> str:
             "Layers and positions",
             "layers-table",
             sample("pruned", "rgb(var(--heat))") + sample("kept", "var(--paper)") + sample("whole", "var(--raw)"),
-            "A row is a layer, a column a token. A click moves the cursor, with Shift it chooses the layer too.",
+            "A row is a layer, a column a token. The keys of the text move the cursor here too, and so does a click; "
+            "with Shift it chooses the layer as well.",
         )
         + figure(
             "lines",
@@ -226,13 +229,22 @@ def _data(seen: Inspection, config: FilterConfig) -> str:
 
 def _origin(origin: dict[str, Any], config: FilterConfig) -> str:
     machine, versions = origin["machine"], origin["versions"]
-    settings = ", ".join(f"{name} {value}" for name, value in config.model_dump(mode="json").items())
+    settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in _settings(config.model_dump(mode="json")))
     return (
         f"{origin['command']}; commit {origin['commit']}; {settings}; {machine['processor']}, "
         f"{machine['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {origin['time']}"
     )
+
+
+def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Those that are set, those of a part under its name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        elif value is not None and value != []:
+            yield prefix + name, value
 
 
 def _resource(name: str) -> str:
