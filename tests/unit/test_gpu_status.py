@@ -45,7 +45,8 @@ def builder(inner, filtered, dense, counters, monkeypatch):
     monkeypatch.setattr(gpu_backend, "num_layers", lambda _: 4)
     monkeypatch.setattr(gpu_clock, "_event", Passed)
     made._unskipped = {}
-    made._settle = gpu_clock.SealClock(counters, torch.device("cuda")).settle if filtered else lambda: None
+    made._steps = SimpleNamespace(clock=gpu_clock.SealClock(counters, torch.device("cuda"))) if filtered else None
+    made._settle = made._steps.clock.settle if filtered else lambda: None
     return made
 
 
