@@ -52,7 +52,7 @@ def _serve(pipe: Any, model: str, arguments: dict[str, Any], measure: Measure) -
         os.environ["VLLM_PLUGINS"] = "none"
     from vllm import LLM
 
-    llm = LLM(model, dtype="bfloat16", enforce_eager=True, seed=0, **arguments)
+    llm = LLM(model, dtype="bfloat16", seed=0, **{"enforce_eager": True, **arguments})
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         pipe.send(measure(llm, *task))

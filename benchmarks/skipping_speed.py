@@ -1,6 +1,7 @@
 """How fast decoding is when attention is skipped: stock vLLM and ours, interleaved, engines side by side.
 
-Measured as attention_speed.py does; `make bench-skipping` writes benchmarks/results/skipping_speed.json.
+Measured as attention_speed.py does, but compiled, which is vLLM's default: what is not attention takes less then.
+`make bench-skipping` writes benchmarks/results/skipping_speed.json.
 """
 
 import json
@@ -27,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved repeats.")] = 5,
+    eager: Annotated[bool, typer.Option(help="Compile nothing, as attention_speed.py.")] = False,
     out: Annotated[Path, typer.Option(help="Result file.")] = OUT,
 ) -> None:
     """Measure, print a table, write the JSON."""
@@ -34,7 +36,7 @@ def main(
     engines: dict[str, EngineProcess] = {}
     for name, arguments in CASES.items():
         with console.status(f"Starting {name} ..."):
-            engines[name] = EngineProcess({**COMMON, **arguments}, measure)
+            engines[name] = EngineProcess({**COMMON, "enforce_eager": eager, **arguments}, measure)
     samples = []
     for repeat in track(range(-1, repeats), description="Repeats (the first warms up)"):
         length, sample = LONG if repeat >= 0 else 600, {}
@@ -59,6 +61,7 @@ def main(
             "new_tokens": NEW_TOKENS,
             "kv_cache_bytes": KV_BYTES,
             "repeats": repeats,
+            "eager": eager,
         },
         "summary": {"speedups": speedups},
         "samples": samples,

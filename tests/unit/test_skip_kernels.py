@@ -1,5 +1,7 @@
 """The kernels of attention skipping against the reference's formulas, on caches made here."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from vllm_tokenfilter.kernels import skip
+from vllm_tokenfilter.kernels import cpu, skip
 from vllm_tokenfilter.kernels.cpu import BFLOAT16, FLOAT32, PagedCache
 
 HEADS, DIMS, BLOCK, BLOCKS = 2, 16, 32, 40
@@ -38,6 +40,34 @@ def make_cache(keys, values, blocks, encoding=FLOAT32):
         value_tokens=tokens + DIMS,
         value_dims=dims,
     )
+
+
+def reordered(cache):
+    """The same bfloat16 cache in the order of AMX: pairs of a key's elements, two tokens' values in turn."""
+    token, dim = np.arange(BLOCK), np.arange(DIMS)
+    key_tokens, key_dims = 2 * token, dim // 2 * 2 * BLOCK + dim % 2
+    value_tokens, value_dims = BLOCK * DIMS + token // 2 * 2 * DIMS + token % 2, 2 * dim
+    blocks = cache.elements.reshape(-1, 2 * BLOCK * DIMS)
+    elements = np.empty_like(blocks)
+    elements[:, key_tokens[:, None] + key_dims] = blocks[:, cache.key_tokens[:, None] + cache.key_dims]
+    elements[:, value_tokens[:, None] + value_dims] = blocks[:, cache.value_tokens[:, None] + cache.value_dims]
+    order = {"key_tokens": key_tokens, "key_dims": key_dims, "value_tokens": value_tokens, "value_dims": value_dims}
+    return dataclasses.replace(cache, elements=elements.reshape(-1), **order)
+
+
+def test_the_order_of_elements_changes_nothing():
+    keys, values = text_of("drifting", 256)
+    blocks = np.random.default_rng(1).permutation(BLOCKS)[:8]
+    cache = make_cache(keys, values, blocks, BFLOAT16)
+    orders = [cache, reordered(cache)]
+    # An order that is no run at all goes by the table.
+    orders.append(dataclasses.replace(reordered(cache), value_dims=orders[1].value_dims[::-1].copy()))
+    found = [(cpu._runs(own.key_dims)[0], cpu._runs(own.value_dims)[0]) for own in orders]
+    assert found == [(DIMS, DIMS), (2, 1), (2, 0)]
+    decisions = [decide(own, blocks, 256, [100, 1, 1], 0.5) for own in orders]
+    assert np.array_equal(decisions[0][0], decisions[1][0]) and np.array_equal(decisions[0][1], decisions[1][1])
+    # Cosines do not care in which order the dimensions of all values stand.
+    assert np.allclose(decisions[0][1], decisions[2][1], atol=1e-6)
 
 
 def rows_of(blocks, done, count):

@@ -128,11 +128,14 @@ class SkipStep:
             raw=raw,
             positions=num_computed,
         )
+        # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
+        windowed = layers.config.attention_skipping.substitute == "window"
+        near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
         return cls(
             layers,
             rows,
-            skip.Decisions(int(starts[-1]), (slots + query_lens).astype(np.int32)),
+            skip.Decisions(int(starts[-1]), (slots + query_lens).astype(np.int32), near),
             int((query_lens - cold).sum()),
             metadata_for,
             counters,
@@ -167,7 +170,7 @@ class SkipStep:
         num_skipped, num_idle, num_read = decided.totals.tolist()
         # A copy: the metadata may outlive the layer, whose decisions the next one overwrites.
         attend(self.metadata_for(torch.from_numpy(decided.lengths.copy())) if num_idle else metadata)
-        self._count(num_skipped, num_idle, num_read)
+        self._count(num_skipped, num_read)
         count, width = len(decided.skipped), output[0].numel()
         flat = output.view(len(output), width)[:count]
         match layers.config.attention_skipping.substitute:
@@ -197,15 +200,7 @@ class SkipStep:
         """The decisions at hand, bool [num_tokens, 1]; the same memory."""
         return torch.from_numpy(self.decided.skipped).view(torch.bool)[:, None]
 
-    def _count(self, num_skipped: int, num_idle: int, num_read: int) -> None:
+    def _count(self, num_skipped: int, num_read: int) -> None:
         self.counters.attentions_decided += self.warm
         self.counters.attentions_skipped += num_skipped
         self.counters.reads_done += num_read
-        if not num_idle:
-            return
-        # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
-        near = 1
-        if self.layers.config.attention_skipping.substitute == "window":
-            near += self.layers.rule.sinks + self.layers.rule.window
-        whole = self.decided.whole[self.decided.lengths < self.decided.whole]
-        self.counters.reads_done += int(np.minimum(whole, near).sum())

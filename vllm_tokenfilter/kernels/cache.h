@@ -20,6 +20,7 @@ struct cache {
   const int64_t *layer_starts, *key_tokens, *key_dims, *value_tokens, *value_dims;
   int64_t block_stride, head_stride;
   int64_t encoding, heads, block_size, dims;
+  int64_t key_run, key_step, value_run, value_step; /* see order */
 };
 
 static float *floats(int64_t count) {
@@ -31,20 +32,46 @@ static float *floats(int64_t count) {
   return memory;
 }
 
-static void widen(const struct cache *cache, int64_t base, const int64_t *dims, float *out) {
+/* How a token's elements follow each other: element d at d / run * step + d % run; run 0 where only the table knows. */
+struct order {
+  const int64_t *dims;
+  int64_t run, step;
+};
+
+static float bfloat16(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+/* The orders of vLLM's instruction sets get loops of their own, which the compiler can vectorise. */
+static void widen_bfloat16(const uint16_t *elements, struct order order, int64_t count, float *out) {
+  if (order.run == 1 && order.step == 2) { /* values of AMX: two tokens side by side */
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[2 * d] << 16);
+  } else if (order.run == 2) { /* keys of AMX: pairs of one token */
+    for (int64_t pair = 0; pair < count / 2; pair++)
+      for (int64_t i = 0; i < 2; i++) out[2 * pair + i] = bfloat16((uint32_t)elements[pair * order.step + i] << 16);
+  } else if (order.run == count) {
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[d] << 16);
+  } else {
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[order.dims[d]] << 16);
+  }
+}
+
+static void widen(const struct cache *cache, int64_t base, int values, float *out) {
   int64_t count = cache->dims;
+  struct order order = values ? (struct order){cache->value_dims, cache->value_run, cache->value_step}
+                              : (struct order){cache->key_dims, cache->key_run, cache->key_step};
   if (cache->encoding == FLOAT32) {
     const float *elements = (const float *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) out[d] = elements[dims[d]];
+    if (order.run == count) memcpy(out, elements, count * sizeof(float));
+    else
+      for (int64_t d = 0; d < count; d++) out[d] = elements[order.dims[d]];
   } else if (cache->encoding == BFLOAT16) {
-    const uint16_t *elements = (const uint16_t *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) {
-      uint32_t bits = (uint32_t)elements[dims[d]] << 16;
-      memcpy(out + d, &bits, sizeof bits);
-    }
+    widen_bfloat16((const uint16_t *)cache->elements + base, order, count, out);
   } else {
     const uint16_t *elements = (const uint16_t *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) out[d] = cache->table[elements[dims[d]]];
+    for (int64_t d = 0; d < count; d++) out[d] = cache->table[elements[order.dims[d]]];
   }
 }
 

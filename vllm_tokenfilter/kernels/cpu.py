@@ -124,6 +124,8 @@ class PagedCache:
             self.num_kv_heads,
             self.block_size,
             len(self.key_dims),
+            *_runs(self.key_dims),
+            *_runs(self.value_dims),
         )
 
 
@@ -222,6 +224,17 @@ def pointer(array: NDArray[Any], dtype: Any) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def _runs(dims: NDArray[np.int64]) -> tuple[int, int]:
+    """How elements follow each other: element d lies at d // run * step + d % run; (0, 0) where that does not hold."""
+    count = len(dims)
+    for run in (count, 2, 1):
+        step = int(dims[run]) if run < count else count
+        numbers = np.arange(count)
+        if np.array_equal(dims, numbers // run * step + numbers % run):
+            return run, step
+    return 0, 0
+
+
 class CacheStruct(ctypes.Structure):
     """`struct cache` of cache.h."""
 
@@ -232,6 +245,7 @@ class CacheStruct(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("block_stride", "head_stride", "encoding", "heads", "block_size", "dims")
         ),
+        *((name, ctypes.c_int64) for name in ("key_run", "key_step", "value_run", "value_step")),
     )
 
 

@@ -231,8 +231,8 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
       float *keys = tiles + (c & 1) * size * dims, *values = tiles + (2 + (c & 1)) * size * dims;
       for (int64_t i = 0; i < size; i++) {
         int64_t slot = (first + c) * size + i - removed, base = element(cache, blocks, start, head, slot);
-        widen(cache, base + cache->key_tokens[slot % block_size], cache->key_dims, keys + i * dims);
-        widen(cache, base + cache->value_tokens[slot % block_size], cache->value_dims, values + i * dims);
+        widen(cache, base + cache->key_tokens[slot % block_size], 0, keys + i * dims);
+        widen(cache, base + cache->value_tokens[slot % block_size], 1, values + i * dims);
       }
       if (rule->selector == KEYDIFF) normalise(keys, size, dims);
       int64_t place = c * stride + head * size;

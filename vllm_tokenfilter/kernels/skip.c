@@ -81,8 +81,7 @@ static void score_row(const struct cache *cache, const struct skip_rule *rule, c
       const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
       for (int64_t i = 0; i < before + count; i++) {
         int64_t slot = first - before + i;
-        widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % block_size],
-              values ? cache->value_dims : cache->key_dims, x + i * dims);
+        widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % block_size], values, x + i * dims);
       }
       float *cosines = (values ? value_scores : key_scores) + head * count;
       if (count == 1) *cosines = last_cosine(x, before, rule, dims, anchor);
@@ -123,10 +122,11 @@ static void decide_row(const struct cache *cache, const struct skip_rule *rule, 
 
 /* Decide for every token of the step in one layer. ratio in 1 / units; kept [num_slots]; skipped [T].
    whole [num_rows] is what each row attends to, lengths what is left of it: 1 in a skipped row of one token.
-   totals: tokens skipped; skipped rows of one token; tokens the other rows of one token attend to. */
+   near is how much a skipped row of one token still reads, at most.
+   totals: tokens skipped; skipped rows of one token; what all rows of one token read. */
 void decide_skips(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows, int64_t layer,
                   int64_t ratio, struct kept *kept, const int32_t *whole, uint8_t *skipped, int32_t *lengths,
-                  int64_t *totals, int64_t num_threads) {
+                  int64_t *totals, int64_t near, int64_t num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (int64_t row = 0; row < rows->num_rows; row++)
     decide_row(cache, rule, rows, cache->layer_starts[layer], ratio, row, kept, skipped);
@@ -136,7 +136,7 @@ void decide_skips(const struct cache *cache, const struct skip_rule *rule, const
     int idle = end - start == 1 && skipped[start];
     lengths[row] = idle ? 1 : whole[row];
     totals[1] += idle;
-    if (end - start == 1 && !idle) totals[2] += whole[row];
+    if (end - start == 1) totals[2] += idle && near < whole[row] ? near : whole[row];
     for (int64_t t = start; t < end; t++) totals[0] += skipped[t];
   }
 }
@@ -150,7 +150,7 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
   for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY;
   for (int64_t i = 0; i < count; i++) {
     int64_t place = i < sinks ? i : from + i - sinks;
-    widen(cache, element(cache, blocks, start, head, place) + cache->key_tokens[place % size], cache->key_dims, key);
+    widen(cache, element(cache, blocks, start, head, place) + cache->key_tokens[place % size], 0, key);
     for (int64_t g = 0; g < group; g++) {
       float dot = 0;
       for (int64_t d = 0; d < dims; d++) dot += query[g * dims + d] * key[d];
@@ -168,8 +168,7 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
   memset(out, 0, group * dims * sizeof(float));
   for (int64_t i = 0; i < count; i++) {
     int64_t place = i < sinks ? i : from + i - sinks;
-    widen(cache, element(cache, blocks, start, head, place) + cache->value_tokens[place % size], cache->value_dims,
-          value);
+    widen(cache, element(cache, blocks, start, head, place) + cache->value_tokens[place % size], 1, value);
     for (int64_t g = 0; g < group; g++)
       for (int64_t d = 0; d < dims; d++) out[g * dims + d] += weights[g * count + i] * value[d];
   }

@@ -111,10 +111,17 @@ class Decisions:
         skipped: uint8 [num_tokens], 1 where the attention is skipped.
         whole: int32 [num_rows], what a row attends to if it is not skipped.
         lengths: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
-        totals: int64 [3]: tokens skipped; skipped rows of one token; what the other rows of one token attend to.
+        totals: int64 [3]: tokens skipped; skipped rows of one token; what all rows of one token read.
     """
 
-    def __init__(self, num_tokens: int, whole: NDArray[np.int32]) -> None:
+    def __init__(self, num_tokens: int, whole: NDArray[np.int32], near: int = 1) -> None:
+        """Make room.
+
+        Args:
+            num_tokens: tokens of the step.
+            whole: see above.
+            near: what a skipped row of one token still reads, at most.
+        """
         self.skipped, self.whole = np.empty(num_tokens, np.uint8), whole
         self.lengths, self.totals = np.empty_like(whole), np.empty(3, np.int64)
         self.addresses = (
@@ -122,6 +129,7 @@ class Decisions:
             pointer(self.skipped, np.uint8),
             pointer(self.lengths, np.int32),
             pointer(self.totals, np.int64),
+            ctypes.c_int64(near),
         )
 
 
