@@ -275,4 +275,6 @@ def test_hidden_states_of_a_step_can_be_taken_where_prompt_logprobs_are_made():
     assert "self._get_prompt_logprobs_dict(" in source, ours
     read = inspect.getsource(GPUModelRunner._get_prompt_logprobs_dict)
     assert "query_start_loc.np[" in read and "num_computed_tokens" in read, ours
-    assert "self.scheduler_config.long_prefill_token_threshold" in inspect.getsource(Scheduler.schedule), ours
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "self.scheduler_config.long_prefill_token_threshold" in schedule, ours
+    assert "= self.max_num_scheduled_tokens" in schedule, ours

@@ -25,7 +25,10 @@ def seen(model_path, tokens):
     monkeypatch.setattr(observing, "observe", lambda *args: observed.append(original(*args)) or observed[-1])
     engine = scoring.ScoringEngine(model_path, NUM_TOKENS + 1, max_num_seqs=1, max_step_tokens=STEP)
     text = Text(tokens[:NUM_TOKENS], ["x"] * NUM_TOKENS, 0)
-    yield inspect_text(engine, text, CONFIG, STEP), observed[0]
+    seen = inspect_text(engine, text, CONFIG, STEP)
+    steps = []
+    engine.feed([tokens[:200]], STEP, lambda index, start, hidden: steps.append(len(hidden)))
+    yield seen, observed[0], steps
     engine.close()
     monkeypatch.undo()
 
@@ -40,8 +43,12 @@ def test_every_sealed_chunk_of_a_filtered_layer_shows_its_share(seen):
     assert seen[0].dense_layers == {"configured_dense": [3]} and seen[0].num_filtered_layers == 29
 
 
+def test_a_sequence_that_is_alone_is_fed_in_the_steps_asked_for(seen):
+    assert seen[2] == [STEP] * 6 + [200 - 6 * STEP]
+
+
 def test_what_is_shown_pruned_is_what_the_method_says_of_the_cached_keys(seen):
-    inspection, observation = seen
+    inspection, observation, _ = seen
     agreed = total = 0
     for row in (0, 10, 29):
         rank = redundancy(observation.keys[row], observation.values[row], decay=0.9, terms=64, fusion="variance_aware")

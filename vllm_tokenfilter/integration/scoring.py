@@ -64,6 +64,7 @@ class ScoringEngine:
         self.tokenizer: Any = self._llm.get_tokenizer()
         self.max_model_len = max_model_len
         self._max_step_tokens = max_step_tokens
+        self._most_tokens = max(max_num_seqs * max_step_tokens, 64)
         self._core = self._llm.llm_engine.engine_core.engine_core
         self._runner = self._core.model_executor.driver_worker.worker.model_runner
         self._ids = itertools.count()
@@ -107,6 +108,9 @@ class ScoringEngine:
                 self._indices[name] = index
                 engine.add_request(name, {"prompt_token_ids": tokens}, sampling)
             while engine.has_unfinished_requests():
+                # vLLM lifts the threshold for a sequence that is alone; the budget of the step then holds instead.
+                budget = step_tokens * engine.get_num_unfinished_requests()
+                self._core.scheduler.max_num_scheduled_tokens = min(budget, self._most_tokens)
                 engine.step()
         finally:
             if engine.has_unfinished_requests():

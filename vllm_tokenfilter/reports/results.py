@@ -150,6 +150,7 @@ def readme_block(results: dict[str, Result]) -> str:
             rows.append([f"perplexity, {results[name]['text']}, {tokens} tokens", f"**{change:+.1%}**", _file(name)])
             rows.append(["same likeliest next token as dense", f"**{agreement:.1%}**", _file(name)])
             break
+    rows += _recalled(results)
     if len(rows) > 1:
         parts.append(markdown(rows) + "\n")
     parts.append("More, rival methods and losing figures included: [docs/results.md](docs/results.md).")
@@ -163,6 +164,31 @@ def _quality(result: Result) -> tuple[dict[str, Any], dict[str, Any]] | None:
         if cell["method"] == "variance_aware" and (settings["pruning_ratio"], settings["recent_window"]) == (0.5, 64):
             return (dense, cell) if dense else None
     return None
+
+
+def _recalled(results: dict[str, Result]) -> Rows:
+    """Perplexity and recall with the ratio where it costs least, beside every layer alike."""
+    rows: Rows = []
+    tuned = "smollm2-135m-tuned"
+    if quality := results.get("perplexity_tuned"):
+        by_method = {cell["method"]: cell["values"] for cell in quality["cells"]}
+        if tuned in by_method:
+            change = by_method[tuned]["perplexity"] / by_method["dense"]["perplexity"] - 1
+            title = (
+                f"the same with the layers that recall whole ([tuned](docs/tuning.md)): perplexity, {quality['text']}"
+            )
+            rows.append([title, f"**{change:+.1%}**", _file("perplexity_tuned")])
+    if recall := results.get("recall"):
+        found = {
+            cell["method"]: cell["values"]["token_accuracy"]
+            for cell in recall["cells"]
+            if cell["parameters"] == {**cell["parameters"], "kind": "passkey", "length": 1500, "depth": 0.5}
+        }
+        if tuned in found:
+            title = "pass key in 1500 tokens, tokens right: dense, every layer alike, tuned"
+            shown = ", ".join(f"{found[name]:.1%}" for name in ("dense", "variance_aware"))
+            rows.append([title, f"{shown}, **{found[tuned]:.1%}**", _file("recall")])
+    return rows
 
 
 def _file(name: str) -> str:
