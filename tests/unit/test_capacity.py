@@ -86,6 +86,18 @@ def test_weights_and_overhead_are_taken_off_the_gpu(config_file):
     assert half["times_stock"] > 1.7
 
 
+def test_the_settings_of_a_file_are_planned_for(config_file, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    schedule = "{kind: per_layer, ratios: [0.75, 0, 0.75, 0]}"
+    settings = f"{{pruning_ratio: 0.375, chunk_size: 128, recent_window: 128, schedule: {schedule}}}"
+    (tmp_path / "tuned.yaml").write_text(f"additional-config: {{token_filtering: {settings}}}")
+    sizes = ("--gpu-memory", 1, "--overhead", 0.5, "--context", 4096)
+    done = plan("--model-config", config_file, *sizes, "--config", tmp_path / "tuned.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    stock, tuned = json.loads(done.stdout)["settings"]
+    assert tuned["name"] == "tuned" and 1.3 < tuned["times_stock"] < 1.6 and stock["name"] == "stock vLLM"
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

@@ -210,6 +210,9 @@ def plan(
     context: Annotated[int, typer.Option(help="The longest request, in tokens: vLLM's max_model_len.")],
     gpu_memory: Annotated[float | None, typer.Option(help="Of one GPU, in GiB.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio; repeatable.")] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(help="Also the settings of this vLLM --config file; repeatable.")
+    ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU that vLLM takes.")] = 0.92,
     overhead: Annotated[float, typer.Option(help="GiB a GPU for activations, CUDA graphs and libraries.")] = 2.0,
@@ -229,6 +232,7 @@ def plan(
     """Predict how many requests fit and what a token costs, dense and filtered, as vLLM counts at start."""
     from vllm_tokenfilter.cli.plan import Deployment, plan
     from vllm_tokenfilter.config import FilterConfig
+    from vllm_tokenfilter.settings_file import read_settings
 
     deployment = Deployment(
         model=model_config,
@@ -245,7 +249,9 @@ def plan(
     )
     sizes = {key: value for key, value in (("chunk_size", chunk_size), ("recent_window", recent_window)) if value}
     shared = {**sizes, "first_layer": first_layer, "dense_layers": dense_layer or []}
-    plan(deployment, [FilterConfig.parse({"pruning_ratio": one, **shared}) for one in ratio or [0.5]], as_json)
+    ratios = ratio or ([] if config else [0.5])
+    configs = {f"r={one:g}": FilterConfig.parse({"pruning_ratio": one, **shared}) for one in ratios}
+    plan(deployment, configs | {path.stem: read_settings(path) for path in config or []}, as_json)
 
 
 @app.command()

@@ -45,8 +45,8 @@ class Deployment:
     dtype: str
 
 
-def plan(deployment: Deployment, configs: list[FilterConfig], as_json: bool) -> None:
-    """Predict and print.
+def plan(deployment: Deployment, configs: dict[str, FilterConfig], as_json: bool) -> None:
+    """Predict and print, for settings by name.
 
     Raises:
         PlanError: the deployment cannot be planned for.
@@ -61,8 +61,8 @@ def plan(deployment: Deployment, configs: list[FilterConfig], as_json: bool) -> 
     print(report["memory"]["sentence"])
 
 
-def predict(deployment: Deployment, configs: list[FilterConfig]) -> dict[str, Any]:
-    """The plan as plain types; `settings` holds stock vLLM first, then one entry per ratio."""
+def predict(deployment: Deployment, configs: dict[str, FilterConfig]) -> dict[str, Any]:
+    """The plan as plain types; `settings` holds stock vLLM first, then one entry per name."""
     _check(deployment)
     known = deployment.weights
     if deployment.cache is not None and known is None:
@@ -77,7 +77,7 @@ def predict(deployment: Deployment, configs: list[FilterConfig]) -> dict[str, An
         )
     memory = _memory(deployment, shape)
     settings: list[dict[str, Any]] = []
-    for name, config in [("stock vLLM", None), *((f"r={config.pruning_ratio:g}", config) for config in configs)]:
+    for name, config in [("stock vLLM", None), *configs.items()]:
         capacity = kv_capacity(
             shape,
             config,
