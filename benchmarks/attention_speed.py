@@ -5,6 +5,7 @@ ratios are taken inside a repeat, and the medians over repeats are reported. `ma
 benchmarks/results/attention_speed.json.
 """
 
+import itertools
 import json
 import random
 import statistics
@@ -58,22 +59,32 @@ def measure(llm: Any, prompt_tokens: int, seed: int) -> dict[str, Any]:
         prompt = {"prompt_token_ids": [draw.randrange(100, 40000) for _ in range(prompt_tokens)]}
         engine.add_request(f"{seed}-{i}", prompt, sampling)
     first: dict[str, float] = {}
-    between = []
+    between, sealing = [], []
     while engine.has_unfinished_requests():
-        before = time.perf_counter()
+        sealed, before = seal_seconds(engine), time.perf_counter()
         outputs = engine.step()
         now = time.perf_counter()
         if len(first) == REQUESTS and len(outputs) == REQUESTS:
             between.append(now - before)
+            sealing.append(seal_seconds(engine) - sealed)
         for output in outputs:
             first.setdefault(output.request_id, now - started)
     return {
         "time_between_tokens_s": statistics.median(between),
         "steps": len(between),
+        "seal_share": sum(sealing) / sum(between),
         "first_token_mean_s": statistics.mean(first.values()),
         "first_token_last_s": max(first.values()),
         "resident_bytes": psutil.Process().memory_info().rss,
     }
+
+
+def seal_seconds(engine: Any) -> float:
+    """Seconds this engine has sealed so far; 0 for stock vLLM."""
+    runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    groups = itertools.chain.from_iterable(runner.attn_groups)
+    builders = itertools.chain.from_iterable(group.metadata_builders for group in groups)
+    return sum(builder.counters.seal_seconds for builder in builders if hasattr(builder, "counters"))
 
 
 def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How fast decoding is when attention is skipped: stock vLLM and ours, interleaved, engines side by side.
+"""How fast decoding is when attention is skipped, or layers are pruned unevenly: stock vLLM and ours, interleaved.
 
 Measured as attention_speed.py does, but compiled, which is vLLM's default: what is not attention takes less then.
 `make bench-skipping` writes benchmarks/results/skipping_speed.json.
@@ -17,11 +17,17 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "skipping_speed.json"
+TUNED = Path(__file__).parents[1] / "configs" / "smollm2-135m-tuned.yaml"
 CASES: dict[str, dict[str, Any]] = {
     "stock": ENGINES["stock"],
     "skipping 0.5, none": ours(0, attention_skipping={"ratio": 0.5, "substitute": "none"}),
+    "tuned, mean r=0.5": {
+        "attention_backend": "TOKEN_FILTERING",
+        "additional_config": read_config_file(TUNED)["additional-config"],
+    },
     "skipping 0.5, window, and r=0.5": ours(0.5, attention_skipping={"ratio": 0.5, "substitute": "window"}),
 }
 
@@ -63,7 +69,12 @@ def main(
             "repeats": repeats,
             "eager": eager,
         },
-        "summary": {"speedups": speedups},
+        "summary": {
+            "speedups": speedups,
+            "seal_share": {
+                name: statistics.median(s[name]["seal_share"] for s in samples) for name in CASES if name != "stock"
+            },
+        },
         "samples": samples,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -214,12 +214,14 @@ def _attention(result: Result) -> str:
 
 def _skipping(result: Result) -> str:
     parameters = result["parameters"]
-    rows: Rows = [["speed-up over stock", "median", "least", "greatest"]]
+    rows: Rows = [["speed-up over stock", "median", "least", "greatest", "sealing, share of decoding"]]
     for name, values in result["summary"]["speedups"].items():
-        rows.append([name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest"))])
+        figures = [f"{values[key]:.3f}" for key in ("median", "least", "greatest")]
+        rows.append([name, *figures, f"{result['summary']['seal_share'][name]:.2%}"])
     return (
         f"{parameters['requests']} requests x {parameters['tokens']} tokens, {parameters['repeats']} interleaved "
-        f"repeats, all layers; stock's time between tokens over ours.\n\n{markdown(rows)}\n"
+        f"repeats, {'eager' if parameters['eager'] else 'compiled'}; stock's time between tokens over ours.\n\n"
+        f"{markdown(rows)}\n"
     )
 
 
