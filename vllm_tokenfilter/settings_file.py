@@ -1,5 +1,6 @@
 """Our settings in a YAML file, as vLLM's `--config` takes it: the file that is served is the file that is measured."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError([f"config={path} holds no settings; write one `flag: value` a line."])
     return {str(key).replace("_", "-"): value for key, value in settings.items()}
+
+
+def read_named_settings(paths: Iterable[Path]) -> dict[str, FilterConfig]:
+    """Our settings in several files, by the files' names without ending.
+
+    Raises:
+        ConfigError: as `read_settings`, or two files have one name, under which results could not be told apart.
+    """
+    found: dict[str, FilterConfig] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ConfigError([f"config={path} has the name of another file, {path.stem}; rename one of them."])
+        found[path.stem] = read_settings(path)
+    return found
 
 
 def read_settings(path: str | Path) -> FilterConfig:

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 CLI = [sys.executable, "-m", "vllm_tokenfilter.cli.app"]
 MODEL = ["--model", "nowhere"]
+CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2-135m.yaml")
+SAME_NAME = ["--config", CONFIG, "--config", CONFIG]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,7 @@ MODEL = ["--model", "nowhere"]
         (["eval", *MODEL, "--html", "/nowhere/x.html"], "html=/nowhere/x.html cannot be written"),
         (["eval", *MODEL, "--metric", "tasks", "--task", "chess_trivia"], "task=chess_trivia is no task of lm-eval"),
         (["eval", *MODEL, "--metric", "tasks", "--task", "boolq"], "task=boolq has no data"),
+        (["eval", *MODEL, *SAME_NAME], "has the name of another file, smollm2-135m; rename one of them"),
         (["bench", "--url", "http://127.0.0.1:9", "--quick"], "url=http://127.0.0.1:9 does not answer"),
         (["bench", "--url", "no url", "--quick"], "url=no url does not answer"),
         (["bench", *MODEL, "--ratio", "-1"], "pruning_ratio=-1"),

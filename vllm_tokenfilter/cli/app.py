@@ -156,7 +156,7 @@ def evaluate(
     from vllm_tokenfilter.cli.evaluate import evaluate as measure
     from vllm_tokenfilter.evaluation.run import Plan
     from vllm_tokenfilter.models import default_model_path
-    from vllm_tokenfilter.settings_file import read_settings
+    from vllm_tokenfilter.settings_file import read_named_settings
 
     # Files are measured by themselves unless a grid is asked for as well.
     ratios = [0.5] if quick else [] if config else [0.25, 0.5, 0.75]
@@ -164,7 +164,7 @@ def evaluate(
         model=model or str(default_model_path()),
         methods=method or (["variance_aware", "random"] if quick else ["variance_aware"]),
         ratios=ratio or ratios,
-        configs={path.stem: read_settings(path) for path in config or []},
+        configs=read_named_settings(config or []),
         recent_windows=window or [64],
         chunk_sizes=chunk_size or [64],
         extra={"dense_layers": dense_layer} if dense_layer else {},
@@ -232,7 +232,7 @@ def plan(
     """Predict how many requests fit and what a token costs, dense and filtered, as vLLM counts at start."""
     from vllm_tokenfilter.cli.plan import Deployment, plan
     from vllm_tokenfilter.config import FilterConfig
-    from vllm_tokenfilter.settings_file import read_settings
+    from vllm_tokenfilter.settings_file import read_named_settings
 
     deployment = Deployment(
         model=model_config,
@@ -251,7 +251,7 @@ def plan(
     shared = {**sizes, "first_layer": first_layer, "dense_layers": dense_layer or []}
     ratios = ratio or ([] if config else [0.5])
     configs = {f"r={one:g}": FilterConfig.parse({"pruning_ratio": one, **shared}) for one in ratios}
-    plan(deployment, configs | {path.stem: read_settings(path) for path in config or []}, as_json)
+    plan(deployment, configs | read_named_settings(config or []), as_json)
 
 
 @app.command()

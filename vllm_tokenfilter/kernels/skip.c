@@ -55,21 +55,6 @@ static void running_cosines(const float *x, int64_t before, int64_t count, const
   }
 }
 
-/* The same for one token behind `before` others, which is what decoding has: one weighted sum, no cosines on the way. */
-static float last_cosine(const float *x, int64_t before, const struct skip_rule *rule, int64_t dims, float *anchor) {
-  float dot = 0, own = 0, other = 0;
-  for (int64_t d = 0; d < dims; d++) anchor[d] = 0;
-  for (int64_t t = 0; t < before; t++, x += dims)
-    for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d];
-  for (int64_t d = 0; d < dims; d++) {
-    dot += x[d] * anchor[d];
-    own += x[d] * x[d];
-    other += anchor[d] * anchor[d];
-  }
-  float norms = own * other;
-  return norms > 0 ? dot / sqrtf(norms) : 0;
-}
-
 /* Redundancy of the row's new tokens, into out [count]. */
 static void score_row(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
                       int64_t first, int64_t before, int64_t count, float *out) {
@@ -83,9 +68,7 @@ static void score_row(const struct cache *cache, const struct skip_rule *rule, c
         int64_t slot = first - before + i;
         widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % block_size], values, x + i * dims);
       }
-      float *cosines = (values ? value_scores : key_scores) + head * count;
-      if (count == 1) *cosines = last_cosine(x, before, rule, dims, anchor);
-      else running_cosines(x, before, count, rule, dims, anchor, cosines);
+      running_cosines(x, before, count, rule, dims, anchor, (values ? value_scores : key_scores) + head * count);
     }
   fuse(key_scores, value_scores, heads, count, rule->fusion, out);
   free(x);
