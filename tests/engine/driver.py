@@ -96,9 +96,9 @@ class Engine:
         monkeypatch.setattr(sealing, "seal", watched_seal)
         decide = skip.decide_skips
 
-        def watched_decide(cache, rule, rows, place, ratio_units, kept, num_threads, into):
-            skipped = decide(cache, rule, rows, place, ratio_units, kept, num_threads, into)
-            self._saw_skips(rows, self._skipping_layer(kept), skipped.copy())
+        def watched_decide(step, place, ratio_units):
+            skipped = decide(step, place, ratio_units)
+            self._saw_skips(step.rows, self._skipping_layer(step, place), skipped.copy())
             return skipped
 
         monkeypatch.setattr(skip, "decide_skips", watched_decide)
@@ -196,12 +196,11 @@ class Engine:
             for block in tables[row, first_own : -(-slots // size) + has_mark]:
                 self._writers[layers[0], block] = run
 
-    def _skipping_layer(self, kept):
+    def _skipping_layer(self, step, place):
         """The layer whose scores these are."""
         for part in itertools.chain.from_iterable(builder.parts for builder in self.builders()):
-            for index, place in part.skipping.places.items() if part.skipping else ():
-                if part.skipping.kept[place].ctypes.data == kept.ctypes.data:
-                    return index
+            if part.skipping and part.skipping.kept is step.kept:
+                return next(index for index, own in part.skipping.places.items() if own == place)
         raise AssertionError("these scores belong to no layer")
 
     def _saw_skips(self, rows, layer, skipped):

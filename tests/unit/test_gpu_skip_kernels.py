@@ -178,8 +178,8 @@ def cpu_decisions(keys, values, rule, ratio):
     )
     numbers = ([0, length], [0], [0], [0])
     rows = skip.SkipRows(np.zeros((1, 1), np.int32), *(np.array(x, np.int64) for x in numbers))
-    kept = np.zeros(length, np.int64)
-    return torch.from_numpy(skip.decide_skips(cache, rule, rows, 0, round(ratio * UNITS), kept, 1)).bool()
+    step = skip.Step(cache, rule, rows, np.zeros((1, length), np.int64), 1)
+    return torch.from_numpy(skip.decide_skips(step, 0, round(ratio * UNITS))).bool()
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.95])

@@ -12,7 +12,7 @@ from tests import reference
 from vllm_tokenfilter.kernels import cpu, skip
 from vllm_tokenfilter.kernels.cpu import BFLOAT16, FLOAT32, PagedCache
 
-HEADS, DIMS, BLOCK, BLOCKS = 2, 16, 32, 40
+HEADS, DIMS, BLOCK, BLOCKS = 2, 32, 32, 40
 HISTORY, TERMS, WARMUP = 48, 32, 20
 
 
@@ -42,11 +42,15 @@ def make_cache(keys, values, blocks, encoding=FLOAT32):
     )
 
 
-def reordered(cache):
-    """The same bfloat16 cache in the order of AMX: pairs of a key's elements, two tokens' values in turn."""
+def reordered(cache, name):
+    """The same cache in an order of vLLM's: AMX pairs a key's elements and two tokens' values, others turn keys over."""
     token, dim = np.arange(BLOCK), np.arange(DIMS)
-    key_tokens, key_dims = 2 * token, dim // 2 * 2 * BLOCK + dim % 2
-    value_tokens, value_dims = BLOCK * DIMS + token // 2 * 2 * DIMS + token % 2, 2 * dim
+    key_tokens, key_dims = token, dim * BLOCK
+    value_tokens, value_dims = BLOCK * DIMS + token * DIMS, dim
+    if name == "amx":
+        key_tokens, key_dims = token // 16 * 16 * DIMS + token % 16 * 2, dim // 2 * 32 + dim % 2
+        value_tokens = BLOCK * DIMS + token // 2 * 32 + token % 2
+        value_dims = dim // 16 * 16 * BLOCK + dim % 16 * 2
     blocks = cache.elements.reshape(-1, 2 * BLOCK * DIMS)
     elements = np.empty_like(blocks)
     elements[:, key_tokens[:, None] + key_dims] = blocks[:, cache.key_tokens[:, None] + cache.key_dims]
@@ -55,19 +59,44 @@ def reordered(cache):
     return dataclasses.replace(cache, elements=elements.reshape(-1), **order)
 
 
-def test_the_order_of_elements_changes_nothing():
+def shuffled(cache):
+    """The same cache in an order that only the table knows."""
+    places = [x[:, None] + y for x, y in ((cache.key_tokens, cache.key_dims), (cache.value_tokens, cache.value_dims))]
+    turned = [place[:, ::-1] for place in places]
+    elements = cache.elements.reshape(-1, 2 * BLOCK * DIMS).copy()
+    for place, own in zip(places, turned, strict=True):
+        elements[:, own] = cache.elements.reshape(-1, 2 * BLOCK * DIMS)[:, place]
+    return dataclasses.replace(
+        cache,
+        elements=elements.reshape(-1),
+        key_dims=cache.key_dims[::-1].copy(),
+        value_dims=cache.value_dims[::-1].copy(),
+    )
+
+
+ORDERS = {
+    "rows": (lambda cache: cache, (cpu.BY_TOKEN, cpu.BY_TOKEN)),
+    "vec": (lambda cache: reordered(cache, "vec"), (cpu.BY_DIM, cpu.BY_TOKEN)),
+    "amx": (lambda cache: reordered(cache, "amx"), (cpu.DIM_PAIRS, cpu.TOKEN_PAIRS)),
+    "table": (shuffled, (cpu.BY_TABLE, cpu.BY_TABLE)),
+}
+
+
+@pytest.mark.parametrize("encoding", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_order_of_elements_changes_nothing(name, encoding):
     keys, values = text_of("drifting", 256)
     blocks = np.random.default_rng(1).permutation(BLOCKS)[:8]
-    cache = make_cache(keys, values, blocks, BFLOAT16)
-    orders = [cache, reordered(cache)]
-    # An order that is no run at all goes by the table.
-    orders.append(dataclasses.replace(reordered(cache), value_dims=orders[1].value_dims[::-1].copy()))
-    found = [(cpu._runs(own.key_dims)[0], cpu._runs(own.value_dims)[0]) for own in orders]
-    assert found == [(DIMS, DIMS), (2, 1), (2, 0)]
-    decisions = [decide(own, blocks, 256, [100, 1, 1], 0.5) for own in orders]
-    assert np.array_equal(decisions[0][0], decisions[1][0]) and np.array_equal(decisions[0][1], decisions[1][1])
-    # Cosines do not care in which order the dimensions of all values stand.
-    assert np.allclose(decisions[0][1], decisions[2][1], atol=1e-6)
+    plain = make_cache(keys, values, blocks, encoding)
+    turn, expected = ORDERS[name]
+    cache = turn(plain)
+    orders = ((cache.key_tokens, cache.key_dims), (cache.value_tokens, cache.value_dims))
+    assert tuple(cpu.element_order(*order) for order in orders) == expected
+    (decisions, scores), (own_decisions, own_scores) = (decide(c, blocks, 256, [100, 1, 1], 0.5) for c in (plain, cache))
+    assert np.array_equal(decisions, own_decisions)
+    assert np.allclose(scores, own_scores, atol=1e-6)
+    query = torch.randn(1, 2 * HEADS, DIMS, generator=torch.Generator().manual_seed(0))
+    assert np.allclose(*(attend(c, blocks, 200, 40, query) for c in (plain, cache)), atol=1e-6)
 
 
 def rows_of(blocks, done, count):
@@ -89,14 +118,15 @@ def text_of(kind, length):
 def decide(cache, blocks, length, steps, ratio):
     """Feed `length` tokens in `steps`; the decisions, and the scores kept."""
     rule = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16)
-    kept = np.zeros(BLOCKS * BLOCK, np.int64)
+    kept = np.zeros((1, BLOCKS * BLOCK), np.int64)
     decisions, done = [], 0
     while done < length:
         count = min(steps[len(decisions) % len(steps)], length - done)
-        decisions.append(skip.decide_skips(cache, rule, rows_of(blocks, done, count), 0, round(ratio * 10000), kept, 2))
+        step = skip.Step(cache, rule, rows_of(blocks, done, count), kept, 2)
+        decisions.append(skip.decide_skips(step, 0, round(ratio * 10000)))
         done += count
     slots = np.arange(length)
-    scores = kept[blocks[slots // BLOCK] * BLOCK + slots % BLOCK].view(np.float32).reshape(-1, 2)[:, 0]
+    scores = kept[0, blocks[slots // BLOCK] * BLOCK + slots % BLOCK].view(np.float32).reshape(-1, 2)[:, 0]
     return np.concatenate(decisions).astype(bool), scores
 
 
@@ -140,27 +170,45 @@ def test_how_a_text_is_cut_into_steps_changes_no_decision(steps):
     assert np.array_equal(decide(cache, blocks, 400, steps, 0.5)[0], decide(cache, blocks, 400, [400], 0.5)[0])
 
 
-@pytest.mark.parametrize("slot, window", [(0, 16), (10, 16), (200, 16), (200, 400), (63, 1)])
-def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window):
-    keys, values = text_of("drifting", 256)
-    blocks = np.random.default_rng(1).permutation(BLOCKS)[:8]
+def attend(cache, blocks, slot, window, query, softcap=0.0):
+    """The substitute "window" for one token, float32 [query heads, dims]."""
     rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, window)
+    step = skip.Step(cache, rule, rows_of(blocks, slot, 1), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+    step.skipped[:] = 1
+    out = torch.full_like(query, float("nan"))
+    encoding = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}[query.dtype]
+    addresses = query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0)
+    skip.attend_window(step, 0, query.shape[1] // HEADS, 0.3, softcap, *addresses, encoding)
+    return out[0].float().numpy()
+
+
+@pytest.mark.parametrize("slot, window", [(0, 16), (10, 16), (200, 16), (200, 400), (63, 1)])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window, softcap):
+    keys, values = text_of("drifting", 256)
+    # What lies behind the newest token may be anything.
+    keys[:, slot + 1 :] = values[:, slot + 1 :] = float("nan")
+    blocks = np.random.default_rng(1).permutation(BLOCKS)[:8]
     query = torch.randn(1, 2 * HEADS, DIMS, generator=torch.Generator().manual_seed(slot))
-    found = skip.attend_window(
-        make_cache(keys, values, blocks),
-        rule,
-        rows_of(blocks, slot, 1),
-        0,
-        np.ones(1, np.uint8),
-        query.numpy(),
-        0.3,
-        0.0,
-        2,
-    )
     seen = sorted({*range(min(4, slot + 1)), *range(max(0, slot + 1 - window), slot + 1)})
+    cache = make_cache(keys, values, blocks)
+    found, rounded = (attend(cache, blocks, slot, window, q, softcap) for q in (query, query.bfloat16()))
     for head in range(2 * HEADS):
-        weights = (query[0, head] @ keys[head // 2, seen].T * 0.3).softmax(-1)
-        assert np.allclose(found[0, head], (weights @ values[head // 2, seen]).numpy(), atol=1e-5)
+        scores = query[0, head] @ keys[head // 2, seen].T * 0.3
+        weights = (softcap * (scores / softcap).tanh() if softcap else scores).softmax(-1)
+        expected = (weights @ values[head // 2, seen]).numpy()
+        assert np.allclose(found[head], expected, atol=1e-5)
+        assert np.allclose(rounded[head], expected, atol=0.02, rtol=0.02)
+
+
+def test_a_skipped_row_of_the_step_is_cleared_and_no_other():
+    cache, blocks = make_cache(*text_of("drifting", 64), np.arange(2)), np.arange(2)
+    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
+    step = skip.Step(cache, rule, rows_of(blocks, 10, 4), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+    step.skipped[:] = [0, 1, 1, 0]
+    out = torch.ones(5, 3, 2, dtype=torch.bfloat16)  # padded by one row
+    skip.clear_skipped(step, out.data_ptr(), out.stride(0) * out.element_size())
+    assert out.sum((1, 2)).tolist() == [6, 0, 0, 6, 6]
 
 
 def test_means_of_outputs_go_on_across_steps_and_blocks():
@@ -172,8 +220,9 @@ def test_means_of_outputs_go_on_across_steps_and_blocks():
     means, found, done = np.zeros((BLOCKS, 7), np.float32), [], 0
     for count in (40, 1, 1, 30, 18):
         part = outputs[done : done + count].copy()
-        now = skipped[done : done + count].copy()
-        skip.average_outputs(cache, rule, rows_of(blocks, done, count), now, means, part, 2)
+        step = skip.Step(cache, rule, rows_of(blocks, done, count), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+        step.skipped[:] = skipped[done : done + count]
+        skip.average_outputs(step, means, part)
         found.append(part)
         done += count
     mean, weight = np.zeros(6), 0.0

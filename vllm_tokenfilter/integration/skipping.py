@@ -12,7 +12,6 @@ reads. A seal carries it along with the raw tokens.
 Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,12 @@ from vllm_tokenfilter.integration.cache_view import view_paged_cache
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.sealing import DueSeals
 from vllm_tokenfilter.kernels import skip
-from vllm_tokenfilter.kernels.cpu import PagedCache
+from vllm_tokenfilter.kernels.cpu import BFLOAT16, FLOAT32, PagedCache
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
+
+
+#: How the kernels read and write a tensor; of other dtypes they get copies.
+_ENCODINGS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 class SkippingLayers:
@@ -75,16 +78,16 @@ class SkipStep:
 
     Attributes:
         layers: the layers.
-        rows: the step's rows, for the kernels.
-        decided: what the layer at hand decided.
+        step: the same for the kernels.
+        lengths: `step.lengths` as vLLM's kernel takes them.
         warm: tokens of the step behind the warm-up.
         metadata_for: stock metadata of the step with other `seq_lens`.
         counters: of the group.
     """
 
     layers: SkippingLayers
-    rows: skip.SkipRows
-    decided: skip.Decisions
+    step: skip.Step
+    lengths: torch.Tensor
     warm: int
     metadata_for: Callable[[torch.Tensor], Any]
     counters: StepCounters
@@ -132,14 +135,10 @@ class SkipStep:
         windowed = layers.config.attention_skipping.substitute == "window"
         near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
-        return cls(
-            layers,
-            rows,
-            skip.Decisions(int(starts[-1]), (slots + query_lens).astype(np.int32), near),
-            int((query_lens - cold).sum()),
-            metadata_for,
-            counters,
-        )
+        whole = (slots + query_lens).astype(np.int32)
+        step = skip.Step(layers.paged, layers.rule, rows, layers.kept, torch.get_num_threads(), whole, near)
+        warm = int((query_lens - cold).sum())
+        return cls(layers, step, torch.from_numpy(step.lengths), warm, metadata_for, counters)
 
     def forward(
         self,
@@ -162,43 +161,43 @@ class SkipStep:
             scale: of the scores.
             softcap: of the scores; 0 for none.
         """
-        layers, threads, decided = self.layers, torch.get_num_threads(), self.decided
-        place = layers.places[index]
-        skip.decide_skips(
-            layers.paged, layers.rule, self.rows, place, layers.units[index], layers.kept[place], threads, decided
-        )
-        num_skipped, num_idle, num_read = decided.totals.tolist()
-        # A copy: the metadata may outlive the layer, whose decisions the next one overwrites.
-        attend(self.metadata_for(torch.from_numpy(decided.lengths.copy())) if num_idle else metadata)
+        # Called in every layer of a decode step, which finds the interpreter's caches full of keys and values: every
+        # line here costs several times what it costs elsewhere.
+        place, step = self.layers.places[index], self.step
+        skip.decide_skips(step, place, self.layers.units[index])
+        num_skipped, num_idle, num_read = step.totals.tolist()
+        attend(self.metadata_for(self.lengths) if num_idle else metadata)
         self._count(num_skipped, num_read)
-        count, width = len(decided.skipped), output[0].numel()
-        flat = output.view(len(output), width)[:count]
-        match layers.config.attention_skipping.substitute:
-            case "none":
-                flat.masked_fill_(self._mask, 0)
-            case "window" if num_skipped:
-                queries = query[:count].float().contiguous().view(count, -1, len(layers.paged.key_dims)).numpy()
-                near = skip.attend_window(
-                    layers.paged, layers.rule, self.rows, place, decided.skipped, queries, scale, softcap, threads
-                )
-                torch.where(self._mask, torch.from_numpy(near).view(count, width).to(flat.dtype), flat, out=flat)
-            case "running_output":
-                outputs = flat.float().contiguous()
-                skip.average_outputs(
-                    layers.paged,
-                    layers.rule,
-                    self.rows,
-                    decided.skipped,
-                    layers.means(width)[place],
-                    outputs.numpy(),
-                    threads,
-                )
-                torch.where(self._mask, outputs.to(flat.dtype), flat, out=flat)
+        substitute = self.layers.config.attention_skipping.substitute
+        if substitute == "running_output":
+            self._average_outputs(place, output)
+        elif num_skipped and substitute == "none":
+            assert output.is_contiguous()
+            skip.clear_skipped(step, output.data_ptr(), output.stride(0) * output.element_size())
+        elif num_skipped:
+            self._attend_window(place, query, output, scale, softcap)
 
-    @functools.cached_property
-    def _mask(self) -> torch.Tensor:
-        """The decisions at hand, bool [num_tokens, 1]; the same memory."""
-        return torch.from_numpy(self.decided.skipped).view(torch.bool)[:, None]
+    def _attend_window(
+        self, place: int, query: torch.Tensor, output: torch.Tensor, scale: float, softcap: float
+    ) -> None:
+        paged = self.layers.paged
+        if (encoding := _ENCODINGS.get(output.dtype)) is None:
+            whole = output.float()
+            self._attend_window(place, query.float(), whole, scale, softcap)
+            output.copy_(whole)
+            return
+        assert output.is_contiguous() and query.stride(1) == query.shape[2] == len(paged.key_dims)
+        group = query.shape[1] // paged.num_kv_heads
+        addresses = query.data_ptr(), query.stride(0), output.data_ptr(), output.stride(0)
+        skip.attend_window(self.step, place, group, scale, softcap, *addresses, encoding)
+
+    def _average_outputs(self, place: int, output: torch.Tensor) -> None:
+        count, width = len(self.step.skipped), output[0].numel()
+        flat = output.view(len(output), width)[:count]
+        outputs = flat.float().contiguous()
+        skip.average_outputs(self.step, self.layers.means(width)[place], outputs.numpy())
+        mask = torch.from_numpy(self.step.skipped).view(torch.bool)[:, None]
+        torch.where(mask, outputs.to(flat.dtype), flat, out=flat)
 
     def _count(self, num_skipped: int, num_read: int) -> None:
         self.counters.attentions_decided += self.warm

@@ -12,6 +12,16 @@
 /* The codes of kernels/cpu.py. */
 enum { FLOAT32, BFLOAT16, TABLE16 };
 enum { VARIANCE_AWARE, MEAN, KEY, VALUE };
+/* How the elements of a head's tokens lie in a block, from row-major to whatever the tables say; see element_order. */
+enum { BY_TABLE, BY_TOKEN, BY_DIM, DIM_PAIRS, TOKEN_PAIRS };
+
+/* Tokens read together where a block's order allows; a multiple of it makes up every block then. */
+#define TILE 16
+
+/* One number for each token of a tile. */
+typedef float lanes __attribute__((vector_size(TILE * sizeof(float))));
+typedef uint32_t lane_bits __attribute__((vector_size(TILE * sizeof(float))));
+typedef uint16_t half_lane_bits __attribute__((vector_size(TILE * sizeof(uint16_t))));
 
 /* Where every element lies; see PagedCache. */
 struct cache {
@@ -20,7 +30,7 @@ struct cache {
   const int64_t *layer_starts, *key_tokens, *key_dims, *value_tokens, *value_dims;
   int64_t block_stride, head_stride;
   int64_t encoding, heads, block_size, dims;
-  int64_t key_run, key_step, value_run, value_step; /* see order */
+  int64_t key_order, value_order;
 };
 
 static float *floats(int64_t count) {
@@ -32,47 +42,98 @@ static float *floats(int64_t count) {
   return memory;
 }
 
-/* How a token's elements follow each other: element d at d / run * step + d % run; run 0 where only the table knows. */
-struct order {
-  const int64_t *dims;
-  int64_t run, step;
-};
-
 static float bfloat16(uint32_t bits) {
   float x;
+  bits <<= 16;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
 
-/* The orders of vLLM's instruction sets get loops of their own, which the compiler can vectorise. */
-static void widen_bfloat16(const uint16_t *elements, struct order order, int64_t count, float *out) {
-  if (order.run == 1 && order.step == 2) { /* values of AMX: two tokens side by side */
-    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[2 * d] << 16);
-  } else if (order.run == 2) { /* keys of AMX: pairs of one token */
+static float element_of(const struct cache *cache, int64_t place) {
+  if (cache->encoding == FLOAT32) return ((const float *)cache->elements)[place];
+  uint16_t bits = ((const uint16_t *)cache->elements)[place];
+  return cache->encoding == BFLOAT16 ? bfloat16(bits) : cache->table[bits];
+}
+
+/* One token's elements, into out [D]. The orders of vLLM's instruction sets get loops that the compiler can vectorise. */
+static void widen(const struct cache *cache, int64_t base, int values, float *out) {
+  const int64_t *dims = values ? cache->value_dims : cache->key_dims;
+  int64_t count = cache->dims, order = values ? cache->value_order : cache->key_order;
+  const uint16_t *bits = (const uint16_t *)cache->elements + base;
+  if (order == BY_TOKEN && cache->encoding == FLOAT32) {
+    memcpy(out, (const float *)cache->elements + base, count * sizeof(float));
+  } else if (cache->encoding != BFLOAT16) {
+    for (int64_t d = 0; d < count; d++) out[d] = element_of(cache, base + dims[d]);
+  } else if (order == BY_TOKEN) {
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16(bits[d]);
+  } else if (order == DIM_PAIRS) {
+    int64_t step = dims[2];
     for (int64_t pair = 0; pair < count / 2; pair++)
-      for (int64_t i = 0; i < 2; i++) out[2 * pair + i] = bfloat16((uint32_t)elements[pair * order.step + i] << 16);
-  } else if (order.run == count) {
-    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[d] << 16);
+      for (int64_t i = 0; i < 2; i++) out[2 * pair + i] = bfloat16(bits[pair * step + i]);
+  } else if (order == TOKEN_PAIRS) {
+    for (int64_t first = 0; first < count; first += TILE)
+      for (int64_t d = 0; d < TILE; d++) out[first + d] = bfloat16(bits[dims[first] + 2 * d]);
   } else {
-    for (int64_t d = 0; d < count; d++) out[d] = bfloat16((uint32_t)elements[order.dims[d]] << 16);
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16(bits[dims[d]]);
   }
 }
 
-static void widen(const struct cache *cache, int64_t base, int values, float *out) {
-  int64_t count = cache->dims;
-  struct order order = values ? (struct order){cache->value_dims, cache->value_run, cache->value_step}
-                              : (struct order){cache->key_dims, cache->key_run, cache->key_step};
-  if (cache->encoding == FLOAT32) {
-    const float *elements = (const float *)cache->elements + base;
-    if (order.run == count) memcpy(out, elements, count * sizeof(float));
-    else
-      for (int64_t d = 0; d < count; d++) out[d] = elements[order.dims[d]];
-  } else if (cache->encoding == BFLOAT16) {
-    widen_bfloat16((const uint16_t *)cache->elements + base, order, count, out);
+/* The keys of a tile, from a block's token `first` on (a multiple of TILE), into out [D]; base is where the head's block
+   starts. */
+static void widen_keys(const struct cache *cache, int64_t base, int64_t first, lanes *out) {
+  int64_t count = cache->dims, place = base + cache->key_tokens[first];
+  const uint16_t *bits = (const uint16_t *)cache->elements + place;
+  if (cache->encoding == BFLOAT16 && cache->key_order == DIM_PAIRS) {
+    for (int64_t d = 0; d < count; d += 2) {
+      lane_bits pair;
+      memcpy(&pair, bits + cache->key_dims[d], sizeof pair);
+      out[d] = (lanes)(pair << 16);
+      out[d + 1] = (lanes)(pair & 0xFFFF0000);
+    }
+  } else if (cache->encoding == BFLOAT16 && cache->key_order == BY_DIM) {
+    for (int64_t d = 0; d < count; d++) {
+      half_lane_bits own;
+      memcpy(&own, bits + cache->key_dims[d], sizeof own);
+      out[d] = (lanes)(__builtin_convertvector(own, lane_bits) << 16);
+    }
+  } else if (cache->encoding == FLOAT32 && cache->key_order == BY_DIM) {
+    for (int64_t d = 0; d < count; d++)
+      memcpy(out + d, (const float *)cache->elements + place + cache->key_dims[d], sizeof *out);
   } else {
-    const uint16_t *elements = (const uint16_t *)cache->elements + base;
-    for (int64_t d = 0; d < count; d++) out[d] = cache->table[elements[order.dims[d]]];
+    for (int64_t d = 0; d < count; d++)
+      for (int64_t i = 0; i < TILE; i++)
+        out[d][i] = element_of(cache, base + cache->key_tokens[first + i] + cache->key_dims[d]);
   }
+}
+
+/* The values of such a tile, into out [TILE, D]. */
+static void widen_values(const struct cache *cache, int64_t base, int64_t first, float *out) {
+  int64_t count = cache->dims;
+  const int64_t *tokens = cache->value_tokens + first;
+  if (cache->encoding != BFLOAT16 || cache->value_order != TOKEN_PAIRS) {
+    for (int64_t i = 0; i < TILE; i++) widen(cache, base + tokens[i], 1, out + i * count);
+    return;
+  }
+  for (int64_t i = 0; i < TILE; i += 2)
+    for (int64_t d = 0; d < count; d += TILE) {
+      lane_bits pair;
+      memcpy(&pair, (const uint16_t *)cache->elements + base + tokens[i] + cache->value_dims[d], sizeof pair);
+      lanes even = (lanes)(pair << 16), odd = (lanes)(pair & 0xFFFF0000);
+      memcpy(out + i * count + d, &even, sizeof even);
+      memcpy(out + (i + 1) * count + d, &odd, sizeof odd);
+    }
+}
+
+/* Ask for what a tile holds before it is needed: a decoded token finds its predecessors in no cache. */
+static void prefetch_tile(const struct cache *cache, int64_t base, int64_t first) {
+  int64_t size = cache->encoding == FLOAT32 ? sizeof(float) : sizeof(uint16_t), line = 64 / size;
+  const char *start = (const char *)cache->elements + base * size;
+  for (int64_t d = 0; d < cache->dims; d += cache->key_order == DIM_PAIRS ? 2 : 1)
+    __builtin_prefetch(start + (cache->key_tokens[first] + cache->key_dims[d]) * size, 0, 2);
+  int64_t pairs = cache->value_order == TOKEN_PAIRS;
+  for (int64_t i = 0; i < TILE; i += 1 + pairs)
+    for (int64_t d = 0; d < cache->dims; d += pairs ? TILE : line)
+      __builtin_prefetch(start + (cache->value_tokens[first + i] + cache->value_dims[d]) * size, 0, 2);
 }
 
 /* Redundancy of each token, into out [C], from the heads' scores key, value [H, C]. */

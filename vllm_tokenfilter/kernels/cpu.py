@@ -23,6 +23,10 @@ from vllm_tokenfilter.layout import Layout
 #: How the kernel widens an element: float32 bits, bfloat16 bits, or a 65536-entry table (float16).
 FLOAT32, BFLOAT16, TABLE16 = 0, 1, 2
 
+#: Orders of a block's elements that the kernels have loops for, and the tokens such a loop reads together.
+BY_TABLE, BY_TOKEN, BY_DIM, DIM_PAIRS, TOKEN_PAIRS = range(5)
+TILE = 16
+
 #: Codes of the fusion strategies and of the selectors inside the kernel.
 VARIANCE_AWARE, MEAN, KEY, VALUE = range(4)
 FUSION_CODES = {"variance_aware": VARIANCE_AWARE, "mean": MEAN, "key": KEY, "value": VALUE}
@@ -124,8 +128,8 @@ class PagedCache:
             self.num_kv_heads,
             self.block_size,
             len(self.key_dims),
-            *_runs(self.key_dims),
-            *_runs(self.value_dims),
+            element_order(self.key_tokens, self.key_dims),
+            element_order(self.value_tokens, self.value_dims),
         )
 
 
@@ -224,15 +228,26 @@ def pointer(array: NDArray[Any], dtype: Any) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def _runs(dims: NDArray[np.int64]) -> tuple[int, int]:
-    """How elements follow each other: element d lies at d // run * step + d % run; (0, 0) where that does not hold."""
-    count = len(dims)
-    for run in (count, 2, 1):
-        step = int(dims[run]) if run < count else count
-        numbers = np.arange(count)
-        if np.array_equal(dims, numbers // run * step + numbers % run):
-            return run, step
-    return 0, 0
+def element_order(tokens: NDArray[np.int64], dims: NDArray[np.int64]) -> int:
+    """How a head's tokens lie in a block, as a code of cache.h.
+
+    Args:
+        tokens: int64 [block_size], what token i adds to an element's place.
+        dims: int64 [head_size], what dimension d adds.
+    """
+    tile = np.arange(TILE)
+    if np.array_equal(dims, np.arange(len(dims))):
+        return BY_TOKEN
+    if len(tokens) % TILE or len(dims) % TILE:
+        return BY_TABLE
+    token_tiles, dim_tiles = (x.reshape(-1, TILE) - x[::TILE, None] for x in (tokens, dims))
+    if (token_tiles == tile).all():
+        return BY_DIM
+    if (token_tiles == 2 * tile).all() and np.array_equal(dims[::2], dims[2] * np.arange(len(dims) // 2)) and (np.diff(dims.reshape(-1, 2)) == 1).all():
+        return DIM_PAIRS
+    if (np.diff(tokens.reshape(-1, 2)) == 1).all() and (dim_tiles == 2 * tile).all():
+        return TOKEN_PAIRS
+    return BY_TABLE
 
 
 class CacheStruct(ctypes.Structure):
@@ -245,7 +260,7 @@ class CacheStruct(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("block_stride", "head_stride", "encoding", "heads", "block_size", "dims")
         ),
-        *((name, ctypes.c_int64) for name in ("key_run", "key_step", "value_run", "value_step")),
+        *((name, ctypes.c_int64) for name in ("key_order", "value_order")),
     )
 
 

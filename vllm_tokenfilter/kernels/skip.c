@@ -21,6 +21,22 @@ struct skip_rows {
   const int64_t *starts, *slots, *raw, *positions;
 };
 
+/* A step of the layers of one layout, and what the layer at hand decided. kept [num_layers, kept_stride], by slot.
+   skipped [T]. Row r attends to whole[r] tokens, and to lengths[r] once its skips are decided: 1 in a skipped row of one
+   token, which reads at most `near` all the same.
+   totals: tokens skipped; skipped rows of one token; what all rows of one token read. */
+struct skip_step {
+  const struct cache *cache;
+  const struct skip_rule *rule;
+  const struct skip_rows *rows;
+  struct kept *kept;
+  const int32_t *whole;
+  uint8_t *skipped;
+  int32_t *lengths;
+  int64_t *totals;
+  int64_t kept_stride, near, num_threads;
+};
+
 /* What a raw token leaves for its successors. */
 struct kept {
   float score;
@@ -31,22 +47,34 @@ static int64_t physical(const struct cache *cache, const int32_t *blocks, int64_
   return blocks[slot / cache->block_size] * cache->block_size + slot % cache->block_size;
 }
 
+/* The kept scores of `count` slots from `slot` on, into out [count]. */
+static void read_scores(const struct cache *cache, const int32_t *blocks, const struct kept *kept, int64_t slot,
+                        int64_t count, float *out) {
+  for (int64_t i = 0; i < count;) {
+    const struct kept *own = kept + physical(cache, blocks, slot + i);
+    int64_t end = i + cache->block_size - (slot + i) % cache->block_size;
+    for (; i < count && i < end; i++) out[i] = own++->score;
+  }
+}
+
+static float cosine(const float *x, const float *y, int64_t dims) {
+  float dot = 0, own = 0, other = 0;
+  for (int64_t d = 0; d < dims; d++) {
+    dot += x[d] * y[d];
+    own += x[d] * x[d];
+    other += y[d] * y[d];
+  }
+  float norms = own * other;
+  return norms > 0 ? dot / sqrtf(norms) : 0;
+}
+
 /* Cosine of x[before .. before + count) to the anchor of the last `terms` tokens before each, into out [count].
    x [before + count, D]; before <= terms; anchor [D] is scratch. */
 static void running_cosines(const float *x, int64_t before, int64_t count, const struct skip_rule *rule, int64_t dims,
                             float *anchor, float *out) {
   for (int64_t d = 0; d < dims; d++) anchor[d] = 0;
   for (int64_t t = 0; t < before + count; t++, x += dims) {
-    if (t >= before) {
-      float dot = 0, own = 0, other = 0;
-      for (int64_t d = 0; d < dims; d++) {
-        dot += x[d] * anchor[d];
-        own += x[d] * x[d];
-        other += anchor[d] * anchor[d];
-      }
-      float norms = own * other;
-      out[t - before] = norms > 0 ? dot / sqrtf(norms) : 0;
-    }
+    if (t >= before) out[t - before] = cosine(x, anchor, dims);
     const float *leaving = x - rule->terms * dims;
     if (t >= rule->terms)
       for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d] - rule->dropped * leaving[d];
@@ -55,26 +83,80 @@ static void running_cosines(const float *x, int64_t before, int64_t count, const
   }
 }
 
+/* Scores of the row's new tokens in one head, into out [count]; x [before + count, D] and anchor [D] are scratch. */
+static void score_tokens(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
+                         int64_t head, int64_t first, int64_t before, int64_t count, int values, float *x,
+                         float *anchor, float *out) {
+  const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
+  int64_t size = cache->block_size;
+  for (int64_t i = 0; i < before + count; i++) {
+    int64_t slot = first - before + i;
+    widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % size], values, x + i * cache->dims);
+  }
+  running_cosines(x, before, count, rule, cache->dims, anchor, out);
+}
+
+/* The anchor of the `before` tokens before a slot, into out [D]: what running_cosines carries along, as one weighted sum,
+   tile by tile. tile and sums [D] lanes are scratch. */
+static void sum_anchor(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
+                       int64_t head, int64_t slot, int64_t before, int values, lanes *tile, lanes *sums, float *out) {
+  int64_t dims = cache->dims, oldest = slot - before;
+  float weight = 1;
+  for (int64_t d = 0; d < dims; d++) {
+    sums[d] = (lanes){0};
+    out[d] = 0;
+  }
+  for (int64_t first = (slot - 1) / TILE * TILE; before && first + TILE > oldest; first -= TILE) {
+    int64_t low = oldest > first ? oldest - first : 0, high = slot - first < TILE ? slot - first : TILE;
+    int64_t base = element(cache, blocks, start, head, first), inside = first % cache->block_size;
+    lanes weights = {0};
+    lane_bits known = {0}; /* what lies behind the newest token may be anything */
+    for (int64_t i = high - 1; i >= low; i--, weight *= rule->decay) {
+      weights[i] = weight;
+      known[i] = 0xFFFFFFFF;
+    }
+    if (values) {
+      const float *own = (const float *)tile;
+      widen_values(cache, base, inside, (float *)tile);
+      for (int64_t i = low; i < high; i++)
+        for (int64_t d = 0; d < dims; d++) out[d] += weights[i] * own[i * dims + d];
+    } else {
+      widen_keys(cache, base, inside, tile);
+      for (int64_t d = 0; d < dims; d++) sums[d] += weights * (lanes)((lane_bits)tile[d] & known);
+    }
+  }
+  for (int64_t d = 0; d < dims && !values; d++)
+    for (int64_t i = 0; i < TILE; i++) out[d] += sums[d][i];
+}
+
+/* Score of a row's only new token in one head: decoding spends its time here. */
+static float score_token(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
+                         int64_t head, int64_t slot, int64_t before, int values, float *scratch) {
+  const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
+  int64_t dims = cache->dims;
+  lanes *tile = (lanes *)scratch, *sums = tile + dims;
+  float *anchor = (float *)(sums + dims), *own = anchor + dims;
+  sum_anchor(cache, rule, blocks, start, head, slot, before, values, tile, sums, anchor);
+  widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % cache->block_size], values, own);
+  return cosine(own, anchor, dims);
+}
+
 /* Redundancy of the row's new tokens, into out [count]. */
 static void score_row(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
                       int64_t first, int64_t before, int64_t count, float *out) {
-  int64_t dims = cache->dims, heads = cache->heads, block_size = cache->block_size;
-  float *x = floats((before + count) * dims), *anchor = floats(dims);
-  float *key_scores = floats(heads * count), *value_scores = floats(heads * count);
+  int64_t dims = cache->dims, heads = cache->heads;
+  float *scratch = floats((count > 1 ? before + count + 1 : 2 * TILE + 2) * dims), *scores = floats(2 * heads * count);
   for (int64_t head = 0; head < heads; head++)
     for (int values = 0; values < 2; values++) {
-      const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
-      for (int64_t i = 0; i < before + count; i++) {
-        int64_t slot = first - before + i;
-        widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % block_size], values, x + i * dims);
-      }
-      running_cosines(x, before, count, rule, dims, anchor, (values ? value_scores : key_scores) + head * count);
+      float *own = scores + (values * heads + head) * count;
+      if (count == 1) *own = score_token(cache, rule, blocks, start, head, first, before, values, scratch);
+      else
+        score_tokens(cache, rule, blocks, start, head, first, before, count, values, scratch,
+                     scratch + (before + count) * dims, own);
     }
-  fuse(key_scores, value_scores, heads, count, rule->fusion, out);
-  free(x);
-  free(anchor);
-  free(key_scores);
-  free(value_scores);
+  fuse(scores, scores + heads * count, heads, count, rule->fusion, out);
+  free(scratch);
+  free(scores);
 }
 
 static void decide_row(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows,
@@ -83,8 +165,11 @@ static void decide_row(const struct cache *cache, const struct skip_rule *rule, 
   int64_t count = rows->starts[row + 1] - rows->starts[row], first = rows->slots[row], raw = first - rows->raw[row];
   if (!count) return;
   int64_t known = raw < rule->history ? raw : rule->history, before = raw < rule->terms ? raw : rule->terms;
+  for (int64_t slot = first - before; count == 1 && slot <= first; slot += TILE - slot % TILE)
+    for (int64_t head = 0; head < cache->heads; head++)
+      prefetch_tile(cache, element(cache, blocks, start, head, slot), slot / TILE * TILE % cache->block_size);
   float *scores = floats(known + count);
-  for (int64_t i = 0; i < known; i++) scores[i] = kept[physical(cache, blocks, first - known + i)].score;
+  read_scores(cache, blocks, kept, first - known, known, scores);
   score_row(cache, rule, blocks, start, first, before, count, scores + known);
   int64_t debt = raw ? kept[physical(cache, blocks, first - 1)].debt : 0;
   skipped += rows->starts[row];
@@ -103,73 +188,139 @@ static void decide_row(const struct cache *cache, const struct skip_rule *rule, 
   free(scores);
 }
 
-/* Decide for every token of the step in one layer. ratio in 1 / units; kept [num_slots]; skipped [T].
-   whole [num_rows] is what each row attends to, lengths what is left of it: 1 in a skipped row of one token.
-   near is how much a skipped row of one token still reads, at most.
-   totals: tokens skipped; skipped rows of one token; what all rows of one token read. */
-void decide_skips(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows, int64_t layer,
-                  int64_t ratio, struct kept *kept, const int32_t *whole, uint8_t *skipped, int32_t *lengths,
-                  int64_t *totals, int64_t near, int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+/* Decide for every token of the step in one layer. ratio in 1 / units. */
+void decide_skips(const struct skip_step *step, int64_t layer, int64_t ratio) {
+  const struct skip_rows *rows = step->rows;
+  const uint8_t *skipped = step->skipped;
+#pragma omp parallel for schedule(dynamic) num_threads(step->num_threads)
   for (int64_t row = 0; row < rows->num_rows; row++)
-    decide_row(cache, rule, rows, cache->layer_starts[layer], ratio, row, kept, skipped);
+    decide_row(step->cache, step->rule, rows, step->cache->layer_starts[layer], ratio, row,
+               step->kept + layer * step->kept_stride, step->skipped);
+  int64_t *totals = step->totals;
   totals[0] = totals[1] = totals[2] = 0;
   for (int64_t row = 0; row < rows->num_rows; row++) {
-    int64_t start = rows->starts[row], end = rows->starts[row + 1];
+    int64_t start = rows->starts[row], end = rows->starts[row + 1], whole = step->whole[row];
     int idle = end - start == 1 && skipped[start];
-    lengths[row] = idle ? 1 : whole[row];
+    step->lengths[row] = idle ? 1 : whole;
     totals[1] += idle;
-    if (end - start == 1) totals[2] += idle && near < whole[row] ? near : whole[row];
+    if (end - start == 1) totals[2] += idle && step->near < whole ? step->near : whole;
     for (int64_t t = start; t < end; t++) totals[0] += skipped[t];
   }
 }
 
-/* Attention of one token's query heads of one KV head to the slots [0, sinks) and [from, slot]. query, out [group, D]. */
+/* The substitute "none": the skipped tokens' rows of out, `size` bytes each, become zero. */
+void clear_skipped(const struct skip_step *step, char *out, int64_t size) {
+  for (int64_t t = 0; t < step->rows->starts[step->rows->num_rows]; t++)
+    if (step->skipped[t]) memset(out + t * size, 0, size);
+}
+
+/* e to the power of x <= 0 within 2 units in the last place; libm's is not vectorised. */
+static float exponential(float x) {
+  float y = x > -87 ? x : -87, whole = rintf(y * 1.44269504f);
+  float rest = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float series = 1.9875691500e-4f;
+  series = series * rest + 1.3981999507e-3f;
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1;
+  int32_t power = ((int32_t)whole + 127) << 23;
+  float scale;
+  memcpy(&scale, &power, sizeof scale);
+  return x > -87 ? series * scale : 0;
+}
+
+/* One row per token: query heads of a step, or what they put out. encoding is FLOAT32 or BFLOAT16. */
+struct tensor {
+  void *elements;
+  int64_t stride, encoding;
+};
+
+static void read_row(const struct tensor *tensor, int64_t row, int64_t from, int64_t count, float *out) {
+  int64_t place = row * tensor->stride + from;
+  if (tensor->encoding == FLOAT32) memcpy(out, (const float *)tensor->elements + place, count * sizeof(float));
+  else
+    for (int64_t d = 0; d < count; d++) out[d] = bfloat16(((const uint16_t *)tensor->elements)[place + d]);
+}
+
+static void write_row(const struct tensor *tensor, int64_t row, int64_t from, int64_t count, const float *x) {
+  int64_t place = row * tensor->stride + from;
+  if (tensor->encoding == FLOAT32) memcpy((float *)tensor->elements + place, x, count * sizeof(float));
+  else
+    for (int64_t d = 0; d < count; d++) { /* to the nearest, ties to even */
+      uint32_t bits;
+      memcpy(&bits, x + d, sizeof bits);
+      ((uint16_t *)tensor->elements)[place + d] = (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+/* Attention of one token's query heads of one KV head to the slots [0, sinks) and [from, slot].
+   query, out [group, D], sinks <= from. */
 static void attend_near(const struct cache *cache, const int32_t *blocks, int64_t start, int64_t head, int64_t sinks,
                         int64_t from, int64_t slot, int64_t group, float scale, float softcap, const float *query,
-                        float *out) {
-  int64_t dims = cache->dims, size = cache->block_size, count = sinks + slot - from + 1;
-  float *key = floats(dims), *value = floats(dims), *weights = floats(group * count), *largest = floats(group);
-  for (int64_t g = 0; g < group; g++) largest[g] = -INFINITY;
-  for (int64_t i = 0; i < count; i++) {
-    int64_t place = i < sinks ? i : from + i - sinks;
-    widen(cache, element(cache, blocks, start, head, place) + cache->key_tokens[place % size], 0, key);
+                        float *restrict out) {
+  int64_t dims = cache->dims, size = cache->block_size;
+  int64_t sink_tiles = (sinks + TILE - 1) / TILE, first = from / TILE;
+  int64_t num_tiles = sink_tiles + slot / TILE - first + 1, width = num_tiles * TILE;
+  float *scratch = floats(TILE * dims), *weights = floats(group * width), *totals = floats(group);
+  lanes *tile = (lanes *)scratch;
+  for (int64_t n = 0; n < num_tiles; n++) {
+    int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
+    int64_t low = n < sink_tiles ? 0 : from, high = n < sink_tiles ? sinks : slot + 1;
+    widen_keys(cache, element(cache, blocks, start, head, place), place % size, tile);
     for (int64_t g = 0; g < group; g++) {
-      float dot = 0;
-      for (int64_t d = 0; d < dims; d++) dot += query[g * dims + d] * key[d];
-      dot *= scale;
-      if (softcap > 0) dot = softcap * tanhf(dot / softcap);
-      weights[g * count + i] = dot;
-      largest[g] = fmaxf(largest[g], dot);
+      lanes even = {0}, odd = {0};
+      for (int64_t d = 0; d < dims; d += 2) {
+        even += query[g * dims + d] * tile[d];
+        odd += query[g * dims + d + 1] * tile[d + 1];
+      }
+      lanes dots = (even + odd) * scale;
+      for (int64_t i = 0; i < TILE; i++) {
+        float dot = softcap > 0 ? softcap * tanhf(dots[i] / softcap) : dots[i];
+        weights[g * width + n * TILE + i] = place + i >= low && place + i < high ? dot : -INFINITY;
+      }
     }
   }
   for (int64_t g = 0; g < group; g++) {
-    float total = 0;
-    for (int64_t i = 0; i < count; i++) total += weights[g * count + i] = expf(weights[g * count + i] - largest[g]);
-    for (int64_t i = 0; i < count; i++) weights[g * count + i] /= total;
+    float *own = weights + g * width, largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < width; i++) largest = own[i] > largest ? own[i] : largest;
+    for (int64_t i = 0; i < width; i++) own[i] = exponential(own[i] - largest);
+    for (int64_t i = 0; i < width; i++) total += own[i];
+    totals[g] = total;
   }
   memset(out, 0, group * dims * sizeof(float));
-  for (int64_t i = 0; i < count; i++) {
-    int64_t place = i < sinks ? i : from + i - sinks;
-    widen(cache, element(cache, blocks, start, head, place) + cache->value_tokens[place % size], 1, value);
-    for (int64_t g = 0; g < group; g++)
-      for (int64_t d = 0; d < dims; d++) out[g * dims + d] += weights[g * count + i] * value[d];
+  for (int64_t n = 0; n < num_tiles; n++) {
+    int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
+    widen_values(cache, element(cache, blocks, start, head, place), place % size, scratch);
+    for (int64_t i = 0; i < TILE; i++)
+      for (int64_t g = 0; g < group; g++) {
+        float weight = weights[g * width + n * TILE + i];
+        if (weight != 0) /* outside the window the values may be anything */
+          for (int64_t d = 0; d < dims; d++) out[g * dims + d] += weight * scratch[i * dims + d];
+      }
   }
-  free(key);
-  free(value);
+  for (int64_t g = 0; g < group; g++)
+    for (int64_t d = 0; d < dims; d++) out[g * dims + d] /= totals[g];
+  free(scratch);
   free(weights);
-  free(largest);
+  free(totals);
 }
 
-/* The substitute "window" for the skipped tokens of a step in one layer.
-   skipped [T]; query, out [T, H * group, D], of which the skipped tokens' are written. */
-void attend_window(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows, int64_t layer,
-                   const uint8_t *skipped, int64_t group, float scale, float softcap, const float *query, float *out,
-                   int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+/* The substitute "window" for the skipped tokens of a step in one layer. query, out: a token's row holds
+   [H, group, D] and lies query_stride or out_stride elements behind the one before; the skipped tokens' of out are
+   written. */
+void attend_window(const struct skip_step *step, int64_t layer, int64_t group, float scale, float softcap, void *query,
+                   int64_t query_stride, void *out, int64_t out_stride, int64_t encoding) {
+  const struct cache *cache = step->cache;
+  const struct skip_rule *rule = step->rule;
+  const struct skip_rows *rows = step->rows;
+  struct tensor queries = {query, query_stride, encoding}, outputs = {out, out_stride, encoding};
+  int64_t width = group * cache->dims;
+#pragma omp parallel for schedule(dynamic) num_threads(step->num_threads)
   for (int64_t task = 0; task < rows->starts[rows->num_rows] * cache->heads; task++) {
     int64_t token = task / cache->heads, head = task % cache->heads, row = 0, end = rows->num_rows;
-    if (!skipped[token]) continue;
+    if (!step->skipped[token]) continue;
     while (row + 1 < end) { /* the last row that starts at or before the token */
       int64_t middle = (row + end) / 2;
       if (rows->starts[middle] <= token) row = middle;
@@ -177,19 +328,25 @@ void attend_window(const struct cache *cache, const struct skip_rule *rule, cons
     }
     int64_t slot = rows->slots[row] + token - rows->starts[row];
     int64_t from = slot + 1 > rule->window ? slot + 1 - rule->window : 0, sinks = rule->sinks < from ? rule->sinks : from;
+    float *own = floats(2 * width);
+    read_row(&queries, token, head * width, width, own);
     attend_near(cache, rows->block_tables + row * rows->table_stride, cache->layer_starts[layer], head, sinks, from, slot,
-                group, scale, softcap, query + task * group * cache->dims, out + task * group * cache->dims);
+                group, scale, softcap, own, own + width);
+    write_row(&outputs, token, head * width, width, own + width);
+    free(own);
   }
 }
 
 /* The substitute "running_output": the decayed mean of a layer's outputs that were not skipped, kept with the block of
    the request's newest token. means [num_blocks, width + 1], the weights' sum last; out [T, width] in place. */
-void average_outputs(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows,
-                     const uint8_t *skipped, float *means, int64_t width, float *out, int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+void average_outputs(const struct skip_step *step, float *means, int64_t width, float *out) {
+  const struct skip_rule *rule = step->rule;
+  const struct skip_rows *rows = step->rows;
+  const uint8_t *skipped = step->skipped;
+#pragma omp parallel for schedule(dynamic) num_threads(step->num_threads)
   for (int64_t row = 0; row < rows->num_rows; row++) {
     const int32_t *blocks = rows->block_tables + row * rows->table_stride;
-    int64_t count = rows->starts[row + 1] - rows->starts[row], first = rows->slots[row], size = cache->block_size;
+    int64_t count = rows->starts[row + 1] - rows->starts[row], first = rows->slots[row], size = step->cache->block_size;
     float *mean = floats(width + 1);
     if (first > rows->raw[row])
       memcpy(mean, means + blocks[(first - 1) / size] * (width + 1), (width + 1) * sizeof(float));

@@ -104,148 +104,150 @@ class SkipRows:
         )
 
 
-class Decisions:
-    """What a layer decided; written anew by every layer of a step, so that a step allocates once.
+class Step:
+    """A step of the layers of one layout, and what the layer at hand decided.
+
+    Made once a step: what a layer's calls are told in Python takes longer than what they do.
 
     Attributes:
+        cache: the layers' cache.
+        rule: how to decide.
+        rows: the step's rows.
+        kept: int64 [num_layers, num_blocks * block_size], by physical slot: score and debt of raw tokens.
         skipped: uint8 [num_tokens], 1 where the attention is skipped.
         whole: int32 [num_rows], what a row attends to if it is not skipped.
         lengths: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
         totals: int64 [3]: tokens skipped; skipped rows of one token; what all rows of one token read.
     """
 
-    def __init__(self, num_tokens: int, whole: NDArray[np.int32], near: int = 1) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        rule: SkipRule,
+        rows: SkipRows,
+        kept: NDArray[np.int64],
+        num_threads: int,
+        whole: NDArray[np.int32] | None = None,
+        near: int = 1,
+    ) -> None:
         """Make room.
 
         Args:
-            num_tokens: tokens of the step.
-            whole: see above.
+            cache, rule, rows, kept, whole: see above.
+            num_threads: threads of PyTorch's pool to run on.
             near: what a skipped row of one token still reads, at most.
         """
-        self.skipped, self.whole = np.empty(num_tokens, np.uint8), whole
-        self.lengths, self.totals = np.empty_like(whole), np.empty(3, np.int64)
-        self.addresses = (
+        self.cache, self.rule, self.rows, self.kept = cache, rule, rows, kept
+        self.whole = np.ones(len(rows.slots), np.int32) if whole is None else whole
+        self.skipped = np.empty(int(rows.starts[-1]), np.uint8)
+        self.lengths, self.totals = np.empty_like(self.whole), np.empty(3, np.int64)
+        self._struct = _Step(
+            *(ctypes.addressof(part.struct) for part in (cache, rule, rows)),
+            pointer(kept, np.int64),
             pointer(self.whole, np.int32),
             pointer(self.skipped, np.uint8),
             pointer(self.lengths, np.int32),
             pointer(self.totals, np.int64),
-            ctypes.c_int64(near),
+            kept.shape[1],
+            near,
+            num_threads,
         )
+        self.address = ctypes.addressof(self._struct)
 
 
-def decide_skips(
-    cache: PagedCache,
-    rule: SkipRule,
-    rows: SkipRows,
-    layer: int,
-    ratio_units: int,
-    kept: NDArray[np.int64],
-    num_threads: int,
-    into: Decisions | None = None,
-) -> NDArray[np.uint8]:
+def decide_skips(step: Step, layer: int, ratio_units: int) -> NDArray[np.uint8]:
     """Decide for every token of a step, all of them in the cache, whether one layer skips its attention.
 
     Args:
-        cache: the layers' cache.
-        rule: how to decide.
-        rows: the step.
+        step: the step; what is decided is written into it, and what is kept of its tokens.
         layer: index into the cache's layers.
         ratio_units: the layer's ratio in 1 / SKIP_UNITS.
-        kept: int64 [num_blocks * block_size] of this layer, by physical slot: score and debt of raw tokens, updated.
-        num_threads: threads of PyTorch's pool to run on.
-        into: of the step, written; None: new ones.
 
     Returns:
-        uint8 [num_tokens], 1 where the attention is skipped.
+        `step.skipped`.
     """
-    into = into or Decisions(int(rows.starts[-1]), np.ones(len(rows.slots), np.int32))
-    load_kernel().decide_skips(
-        ctypes.byref(cache.struct),
-        ctypes.byref(rule.struct),
-        ctypes.byref(rows.struct),
-        ctypes.c_int64(layer),
-        ctypes.c_int64(ratio_units),
-        pointer(kept, np.int64),
-        *into.addresses,
-        ctypes.c_int64(num_threads),
-    )
-    return into.skipped
+    _kernels().decide_skips(step.address, layer, ratio_units)
+    return step.skipped
+
+
+def clear_skipped(step: Step, out: int, row_bytes: int) -> None:
+    """Put zeros in place of the skipped tokens' outputs.
+
+    Args:
+        step: with the layer's decisions.
+        out: address of one row per token, `row_bytes` long; nothing lies between rows.
+        row_bytes: see above.
+    """
+    _kernels().clear_skipped(step.address, out, row_bytes)
 
 
 def attend_window(
-    cache: PagedCache,
-    rule: SkipRule,
-    rows: SkipRows,
+    step: Step,
     layer: int,
-    skipped: NDArray[np.uint8],
-    queries: NDArray[np.float32],
+    group: int,
     scale: float,
     softcap: float,
-    num_threads: int,
-) -> NDArray[np.float32]:
+    query: int,
+    query_stride: int,
+    out: int,
+    out_stride: int,
+    encoding: int,
+) -> None:
     """Attention of skipped tokens to the sinks and the newest stored tokens only, in one layer.
 
     Args:
-        cache: the layers' cache.
-        rule: sinks and window.
-        rows: the step.
+        step: with the layer's decisions.
         layer: index into the cache's layers.
-        skipped: uint8 [num_tokens], from `decide_skips`.
-        queries: float32 [num_tokens, num_heads, head_size].
+        group: query heads of one KV head.
         scale: of the scores.
         softcap: of the scores; 0 for none.
-        num_threads: threads of PyTorch's pool to run on.
-
-    Returns:
-        float32 [num_tokens, num_heads, head_size]; of tokens that are not skipped, anything.
+        query: address of the queries, [num_tokens, num_heads * head_size].
+        query_stride: elements from one token's queries to the next.
+        out: address of the outputs, like the queries; the skipped tokens' rows are written, the others stay.
+        out_stride: likewise.
+        encoding: of both, FLOAT32 or BFLOAT16.
     """
-    out = np.empty_like(queries)
-    load_kernel().attend_window(
-        ctypes.byref(cache.struct),
-        ctypes.byref(rule.struct),
-        ctypes.byref(rows.struct),
-        ctypes.c_int64(layer),
-        pointer(skipped, np.uint8),
-        ctypes.c_int64(queries.shape[1] // cache.num_kv_heads),
-        ctypes.c_float(scale),
-        ctypes.c_float(softcap),
-        pointer(queries, np.float32),
-        pointer(out, np.float32),
-        ctypes.c_int64(num_threads),
+    _kernels().attend_window(
+        step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
     )
-    return out
 
 
-def average_outputs(
-    cache: PagedCache,
-    rule: SkipRule,
-    rows: SkipRows,
-    skipped: NDArray[np.uint8],
-    means: NDArray[np.float32],
-    outputs: NDArray[np.float32],
-    num_threads: int,
-) -> None:
+def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
     """Put the decayed mean of a layer's outputs in place of the skipped ones.
 
     Args:
-        cache: the layers' cache.
-        rule: the decay.
-        rows: the step.
-        skipped: uint8 [num_tokens], from `decide_skips`.
+        step: with the layer's decisions.
         means: float32 [num_blocks, num_heads * head_size + 1] of this layer, by the block of a request's newest token;
             updated.
         outputs: float32 [num_tokens, num_heads * head_size], changed in place.
-        num_threads: threads of PyTorch's pool to run on.
     """
-    load_kernel().average_outputs(
-        ctypes.byref(cache.struct),
-        ctypes.byref(rule.struct),
-        ctypes.byref(rows.struct),
-        pointer(skipped, np.uint8),
-        pointer(means, np.float32),
-        ctypes.c_int64(outputs.shape[1]),
-        pointer(outputs, np.float32),
-        ctypes.c_int64(num_threads),
+    _kernels().average_outputs(
+        step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32)
+    )
+
+
+@functools.cache
+def _kernels() -> ctypes.CDLL:
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    library = load_kernel()
+    for name, arguments in {
+        "decide_skips": (number, number),
+        "clear_skipped": (address, number),
+        "attend_window": (number, number, *[ctypes.c_float] * 2, address, number, address, number, number),
+        "average_outputs": (address, number, address),
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = (address, *arguments), None
+    return library
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("cache", "rule", "rows", "kept", "whole", "skipped", "lengths", "totals")
+        ),
+        *((name, ctypes.c_int64) for name in ("kept_stride", "near", "num_threads")),
     )
 
 
