@@ -15,9 +15,8 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from engines import EngineProcess, ours
+from engines import interleave, ours
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from vllm_tokenfilter.config import FilterConfig
@@ -129,22 +128,8 @@ def main(
 ) -> None:
     """Measure, print a table, write the JSON."""
     console = Console()
-    engines: dict[str, EngineProcess] = {}
-    for name, arguments in ENGINES.items():
-        with console.status(f"Starting {name} ..."):
-            engines[name] = EngineProcess({**COMMON, **arguments}, measure)
-    samples = []
-    for repeat in track(range(-1, repeats), description="Repeats (the first warms up)"):
-        sample = {}
-        cases = list(CASES.items())
-        # Every other repeat runs backwards, so that no case always follows the same one.
-        for case, (engine, length) in cases if repeat % 2 else reversed(cases):
-            length = length if repeat >= 0 else min(length, 600)
-            sample[case] = engines[engine].run(length, 1000 * (repeat + 1) + len(sample))
-        if repeat >= 0:
-            samples.append(sample)
-    for process in engines.values():
-        process.close()
+    engines = {name: {**COMMON, **arguments} for name, arguments in ENGINES.items()}
+    samples = interleave(engines, CASES, measure, repeats, console)
     result = {
         "benchmark": "attention_speed",
         **provenance(),

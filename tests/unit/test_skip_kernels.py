@@ -43,7 +43,7 @@ def make_cache(keys, values, blocks, encoding=FLOAT32):
 
 
 def reordered(cache, name):
-    """The same cache in an order of vLLM's: AMX pairs a key's elements and two tokens' values, others turn keys over."""
+    """The same cache as vLLM's kernels order it: AMX pairs a key's elements and two tokens' values, vec turns keys."""
     token, dim = np.arange(BLOCK), np.arange(DIMS)
     key_tokens, key_dims = token, dim * BLOCK
     value_tokens, value_dims = BLOCK * DIMS + token * DIMS, dim
@@ -92,7 +92,9 @@ def test_the_order_of_elements_changes_nothing(name, encoding):
     cache = turn(plain)
     orders = ((cache.key_tokens, cache.key_dims), (cache.value_tokens, cache.value_dims))
     assert tuple(cpu.element_order(*order) for order in orders) == expected
-    (decisions, scores), (own_decisions, own_scores) = (decide(c, blocks, 256, [100, 1, 1], 0.5) for c in (plain, cache))
+    (decisions, scores), (own_decisions, own_scores) = (
+        decide(c, blocks, 256, [100, 1, 1], 0.5) for c in (plain, cache)
+    )
     assert np.array_equal(decisions, own_decisions)
     assert np.allclose(scores, own_scores, atol=1e-6)
     query = torch.randn(1, 2 * HEADS, DIMS, generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,6 @@ from vllm_tokenfilter.kernels import skip
 from vllm_tokenfilter.kernels.cpu import BFLOAT16, FLOAT32, PagedCache
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
-
 #: How the kernels read and write a tensor; of other dtypes they get copies.
 _ENCODINGS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 

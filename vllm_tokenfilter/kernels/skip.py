@@ -207,9 +207,7 @@ def attend_window(
         out_stride: likewise.
         encoding: of both, FLOAT32 or BFLOAT16.
     """
-    _kernels().attend_window(
-        step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
-    )
+    _kernels().attend_window(step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding)
 
 
 def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
@@ -221,9 +219,7 @@ def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.
             updated.
         outputs: float32 [num_tokens, num_heads * head_size], changed in place.
     """
-    _kernels().average_outputs(
-        step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32)
-    )
+    _kernels().average_outputs(step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32))
 
 
 @functools.cache
