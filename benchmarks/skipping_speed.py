@@ -58,7 +58,7 @@ def make_wide_model(folder: Path) -> str:
     AutoTokenizer.from_pretrained(default_model_path()).save_pretrained(folder)
     config = LlamaConfig(
         hidden_size=2048,
-        intermediate_size=8192,
+        intermediate_size=5504,
         num_hidden_layers=4,
         num_attention_heads=32,
         num_key_value_heads=32,

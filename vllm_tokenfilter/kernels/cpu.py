@@ -243,11 +243,8 @@ def element_order(tokens: NDArray[np.int64], dims: NDArray[np.int64]) -> int:
     token_tiles, dim_tiles = (x.reshape(-1, TILE) - x[::TILE, None] for x in (tokens, dims))
     if (token_tiles == tile).all():
         return BY_DIM
-    if (
-        (token_tiles == 2 * tile).all()
-        and np.array_equal(dims[::2], dims[2] * np.arange(len(dims) // 2))
-        and (np.diff(dims.reshape(-1, 2)) == 1).all()
-    ):
+    pairs = np.arange(len(dims)) // 2 * dims[2] + np.arange(len(dims)) % 2
+    if (token_tiles == 2 * tile).all() and np.array_equal(dims, pairs):
         return DIM_PAIRS
     if (np.diff(tokens.reshape(-1, 2)) == 1).all() and (dim_tiles == 2 * tile).all():
         return TOKEN_PAIRS

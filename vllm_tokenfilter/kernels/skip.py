@@ -133,8 +133,12 @@ class Step:
         """Make room.
 
         Args:
-            cache, rule, rows, kept, whole: see above.
+            cache: see above.
+            rule: see above.
+            rows: see above.
+            kept: see above.
             num_threads: threads of PyTorch's pool to run on.
+            whole: see above; None where nothing is attended.
             near: what a skipped row of one token still reads, at most.
         """
         self.cache, self.rule, self.rows, self.kept = cache, rule, rows, kept
