@@ -1,9 +1,11 @@
 """Every name and behaviour of vLLM this plugin leans on: a vLLM upgrade fails here first, in words."""
 
+import ast
 import copy
 import dataclasses
 import inspect
 import pickle
+import textwrap
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
-from vllm_tokenfilter.integration import plugin, registration, workarounds  # noqa: E402
+from vllm_tokenfilter.integration import backend, plugin, registration, workarounds  # noqa: E402
 
 
 def parameters(function):
@@ -32,6 +34,22 @@ def test_the_metadata_builder_is_built_and_called_as_we_wrap_it():
     hint = "integration/backend.py wraps this signature"
     assert parameters(builder.__init__) == ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"], hint
     assert parameters(builder.build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"], hint
+
+
+def test_a_schedule_is_made_from_what_we_make_it_from_and_alone_depends_on_lengths():
+    def schedule_of(method):
+        nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))
+        made = [node for node in nodes if isinstance(node, ast.Call) and "ops.cpu_attn_get" in ast.unparse(node)]
+        return {word.arg for node in made for word in node.keywords if word.arg in known}
+
+    from vllm import _custom_ops as ops
+
+    known = parameters(ops.cpu_attn_get_scheduler_metadata)
+    stock = schedule_of(cpu_attn.CPUAttentionMetadataBuilder.build)
+    hint = "integration/backend.py (_other_lengths) makes the schedule of a step with other lengths as build does"
+    assert stock and schedule_of(backend.TokenFilteringMetadataBuilder._other_lengths) | {"seq_lens"} == stock, hint
+    fields = {field.name for field in dataclasses.fields(cpu_attn.CPUAttentionMetadata)}
+    assert {"seq_lens", "scheduler_metadata", "causal", "dynamic_causal", "query_start_loc"} <= fields, hint
 
 
 def test_the_step_has_the_fields_we_read_and_replace():

@@ -17,6 +17,7 @@ engine: then the group is several `_Part`s, and each layer takes the metadata of
 Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.py (`_build_attention_metadata`).
 """
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm.envs as envs
 from numpy.typing import NDArray
+from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -275,20 +278,41 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             step.query_lens,
             step.shared,
             part.layout,
-            functools.partial(self._with_seq_lens, step.common_prefix_len, common.replace(), step.fast_build),
+            self._other_lengths(metadata, common.num_reqs),
             self.counters,
         )
         return TokenFilteringMetadata(**vars(metadata), skip=skip)
 
-    def _with_seq_lens(
-        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool, seq_lens: torch.Tensor
-    ) -> CPUAttentionMetadata:
-        """Stock metadata of the step with other `seq_lens`, none longer than before, written into `common`.
+    def _other_lengths(
+        self, metadata: CPUAttentionMetadata, num_reqs: int
+    ) -> Callable[[torch.Tensor], CPUAttentionMetadata]:
+        """Makes metadata of the step with other `seq_lens`; the next call overwrites it.
 
-        Called in every layer, where making a new description of the step would take longer than the stock builder.
+        Called in every layer, where the stock builder's description of a step would take as long as its schedule, the
+        only thing in it that depends on the lengths.
         """
-        common.seq_lens = seq_lens
-        return super().build(common_prefix_len, common, fast_build)
+        made = copy.copy(metadata)
+        schedule = functools.partial(
+            ops.cpu_attn_get_scheduler_metadata,
+            num_reqs=num_reqs,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            query_start_loc=metadata.query_start_loc,
+            causal=metadata.causal,
+            sliding_window_size=self.window_size,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=metadata.dynamic_causal,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+        def with_lengths(seq_lens: torch.Tensor) -> CPUAttentionMetadata:
+            made.seq_lens, made.scheduler_metadata = seq_lens, schedule(seq_lens=seq_lens)
+            return made
+
+        return with_lengths
 
     def _take_out_marks(
         self, common: CommonAttentionMetadata, num_computed: NDArray[np.int64]

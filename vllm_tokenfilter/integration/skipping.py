@@ -47,7 +47,7 @@ class SkippingLayers:
             config: our settings.
             num_layers: layers of the model.
         """
-        self.config, self.rule = config, skip.SkipRule.of(config)
+        self.rule, self.substitute = skip.SkipRule.of(config), config.attention_skipping.substitute
         self.paged: PagedCache = view_paged_cache(caches, isa)
         units = config.skip_units(num_layers)
         self.units = {index: units[index] for index in layer_indices}
@@ -80,7 +80,7 @@ class SkipStep:
         step: the same for the kernels.
         lengths: `step.lengths` as vLLM's kernel takes them.
         warm: tokens of the step behind the warm-up.
-        metadata_for: stock metadata of the step with other `seq_lens`.
+        metadata_for: stock metadata of the step with other `seq_lens`; may be the same object in every layer.
         counters: of the group.
     """
 
@@ -131,7 +131,7 @@ class SkipStep:
             positions=num_computed,
         )
         # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
-        windowed = layers.config.attention_skipping.substitute == "window"
+        windowed = layers.substitute == "window"
         near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
         whole = (slots + query_lens).astype(np.int32)
@@ -167,7 +167,7 @@ class SkipStep:
         num_skipped, num_idle, num_read = step.totals.tolist()
         attend(self.metadata_for(self.lengths) if num_idle else metadata)
         self._count(num_skipped, num_read)
-        substitute = self.layers.config.attention_skipping.substitute
+        substitute = self.layers.substitute
         if substitute == "running_output":
             self._average_outputs(place, output)
         elif num_skipped and substitute == "none":
