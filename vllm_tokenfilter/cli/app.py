@@ -189,7 +189,8 @@ def tune(
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
     ratio: Annotated[float, typer.Option(help="Mean pruning ratio over all layers, at least.")] = 0.5,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 1500,
-    trials: Annotated[int, typer.Option(min=1, help="Questions per kind and depth.")] = 8,
+    trials: Annotated[int, typer.Option(min=1, help="Questions per kind and depth.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the questions and of the windows of text.")] = 1000,
     text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local text; see docs/evaluation.md.")] = None,
     device: Annotated[str | None, typer.Option(help="Of PyTorch; default: a GPU if there is one.")] = None,
@@ -201,7 +202,7 @@ def tune(
     """Find once per model which layers recall, and write the settings that prune the others: no user data needed."""
     from vllm_tokenfilter.cli.tune import Request, run
 
-    run(Request(model, ratio, length, trials, text, data_dir, device, out, out_json, reuse))
+    run(Request(model, ratio, length, trials, seed, text, data_dir, device, out, out_json, reuse))
 
 
 @app.command()

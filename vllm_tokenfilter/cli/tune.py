@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Request:
         ratio: mean pruning ratio over all layers, at least.
         length: tokens of each text.
         trials: questions per kind and depth.
+        seed: of the texts.
         text: see `load_text`.
         data_dir: see `load_text`.
         device: of PyTorch; None: a GPU if there is one.
@@ -40,6 +42,7 @@ class Request:
     ratio: float
     length: int
     trials: int
+    seed: int
     text: str | None
     data_dir: Path | None
     device: str | None
@@ -55,6 +58,7 @@ def run(request: Request) -> None:
         TokenFilterError: the model, the text or the ratio cannot be used, or a file cannot be written.
     """
     _check(request)
+    started = time.monotonic()
     source, prose = load_text(request.text, request.data_dir)
     if request.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -69,9 +73,10 @@ def run(request: Request) -> None:
     tuner = Tuner(model)
     pruned_layers(request.ratio, tuner.num_layers)
     tokens = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
-    texts = make_texts(tokenizer, tokens, request.length, request.trials)
+    texts = make_texts(tokenizer, tokens, request.length, request.trials, request.seed)
     name = Path(path).name if request.model is None else path
-    origin = {"model": name, "text": source, "length": request.length, "trials": request.trials}
+    asked = {"length": request.length, "trials": request.trials, "seed": request.seed}
+    origin = {"model": name, "text": source, **asked}
     known = [] if request.reuse is None else _layers_of(request.reuse, origin, tuner.num_layers)
     with progress_bar(console) as progress:
         scores, found = tune(tuner, texts, request.ratio, progress, known)
@@ -80,7 +85,8 @@ def run(request: Request) -> None:
         **provenance(),
         "model": name,
         "text": source,
-        "parameters": {"ratio": request.ratio, "length": request.length, "trials": request.trials},
+        "parameters": {"ratio": request.ratio, **asked},
+        "seconds": round(time.monotonic() - started, 1),
         "settings": found.model_dump(mode="json"),
         "scores": [asdict(score) for score in scores],
     }
