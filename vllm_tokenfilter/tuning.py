@@ -40,7 +40,7 @@ _DEPTHS = (0.1, 0.5, 0.9)
 #: Questions are made with another seed than those `eval` asks by default.
 SEED = 1000
 #: What a layer must lose, as a share of the worst layer's loss, to be told from chance.
-_CLEAR = 0.05
+_CLEAR = 0.1
 #: Tokens at the end of a text that are computed again; questions and answers are shorter.
 _TAIL = 40
 
