@@ -116,6 +116,12 @@ def quality_plot() -> str:
     return plots.lines(curves[0], "pruning ratio", "perplexity relative to dense") if curves else ""
 
 
+def selection_plot() -> str:
+    """docs/selection.svg: recall against loss of text, every setting tried."""
+    result = reports.load_results(RESULTS).get("selection_trials")
+    return plots.settings_tried(figures.selection_trials(result)) if result else ""
+
+
 def readme() -> str:
     """README.md with its figures rendered anew."""
     before, begin, rest = README.read_text().partition("<!-- results:begin -->\n")
@@ -129,6 +135,7 @@ PAGES = {
     DOCS / "metrics.md": metrics_page,
     DOCS / "results.md": results_page,
     DOCS / "quality.svg": quality_plot,
+    DOCS / "selection.svg": selection_plot,
     README: readme,
 }
 

@@ -1,10 +1,19 @@
-"""The three plots, as SVG text: quality against ratio, speed against context, and the two joined."""
+"""The plots, as SVG text: quality against ratio, speed against context, the two joined, and settings tried."""
 
 import io
 from typing import Any
 
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.reports.figures import Curve, Result, joined, lengths, quality_curves, speed_curves
+from vllm_tokenfilter.reports.figures import (
+    Curve,
+    Result,
+    Trial,
+    frontier,
+    joined,
+    lengths,
+    quality_curves,
+    speed_curves,
+)
 
 _INK = "#57606a"
 # Distinguishable without colour too: ours is drawn thick, every rival has a marker of its own.
@@ -80,6 +89,40 @@ def _points(points: list[tuple[str, float, float]]) -> str:
     axes.set_xlabel("perplexity relative to dense", color=_INK)
     axes.set_ylabel("times stock vLLM", color=_INK)
     axes.margins(0.2)
+    return _svg(figure)
+
+
+def settings_tried(trials: list[Trial]) -> str:
+    """Recall against loss of text, a point per setting, those that no other beats joined, as SVG text."""
+    figure, axes = _axes()
+    groups = dict.fromkeys(trial.group for trial in trials)
+    for number, group in enumerate(groups):
+        own = [trial for trial in trials if trial.group == group]
+        axes.plot(
+            [trial.nll for trial in own],
+            [100 * trial.recall for trial in own],
+            marker=_MARKERS[number],
+            linestyle="none",
+            label=group,
+        )
+    best = frontier(trials)
+    axes.plot(
+        [trial.nll for trial in best],
+        [100 * trial.recall for trial in best],
+        color=_INK,
+        linewidth=1,
+        linestyle=":",
+        label="no other is better in both",
+    )
+    # Those that spare the right layers lie on one another; the table names them.
+    apart = sorted((trial for trial in trials if not trial.name.startswith("tuned")), key=lambda trial: trial.nll)
+    for number, trial in enumerate(apart):
+        place, offset = (trial.nll, 100 * trial.recall), (5, -9 if number % 2 else 3)
+        axes.annotate(trial.name, place, xytext=offset, textcoords="offset points", color=_INK, fontsize=7)
+    axes.set_xlabel("log-perplexity above dense, nats per token", color=_INK)
+    axes.set_ylabel("tokens of answers right, percent", color=_INK)
+    axes.margins(0.2, 0.08)
+    axes.legend(fontsize=8, labelcolor=_INK, framealpha=0)
     return _svg(figure)
 
 

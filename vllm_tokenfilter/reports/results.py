@@ -37,8 +37,12 @@ def results_page(results: dict[str, Result]) -> str:
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     if on_gpu := results.get("gpu_attention"):
         parts += ["## Decode attention and sealing on a GPU\n", gpu_section(on_gpu), _origin("gpu_attention", on_gpu)]
+    tunings = {name: result for name, result in results.items() if result.get("kind") == "tuning"}
+    if tunings:
+        parts += ["## The layers that `tune` leaves whole\n", markdown(_layers_found(tunings)) + "\n"]
+        parts += [_origin(name, result) for name, result in tunings.items() if _only_repeats(name)]
     for name, result in results.items():
-        if result.get("kind") in ("tuning", "selection"):
+        if result.get("kind") in ("tuning", "selection") and not _only_repeats(name):
             parts += [f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n", _LAYERS]
             for _, rows in tuning_tables(result):
                 parts.append(markdown(rows) + "\n")
@@ -60,6 +64,30 @@ def results_page(results: dict[str, Result]) -> str:
                 parts.append(markdown(rows) + "\n")
             parts.append(_origin(name, result))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _only_repeats(name: str) -> bool:
+    """Whether a tuning result repeats another with a seed of its own: the list it found says all."""
+    return name.startswith("tuning_seed_")
+
+
+def _layers_found(tunings: dict[str, Result]) -> Rows:
+    rows: Rows = [["file", "text", "seed", "mean ratio", "cores", "minutes", "layers left whole"]]
+    for name, result in tunings.items():
+        settings, parameters = result["settings"], result["parameters"]
+        whole = [str(index) for index, ratio in enumerate(settings["schedule"]["ratios"]) if not ratio]
+        rows.append(
+            [
+                f"[{name}.json](../benchmarks/results/{name}.json)",
+                result["text"],
+                str(parameters["seed"]),
+                f"{settings['pruning_ratio']:.3f}",
+                str(result["machine"]["cores"]),
+                f"{result['seconds'] / 60:.1f}",
+                ", ".join(whole),
+            ]
+        )
+    return rows
 
 
 _LAYERS = """
