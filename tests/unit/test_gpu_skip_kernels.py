@@ -178,7 +178,8 @@ def cpu_decisions(keys, values, rule, ratio):
     )
     numbers = ([0, length], [0], [0], [0])
     rows = skip.SkipRows(np.zeros((1, 1), np.int32), *(np.array(x, np.int64) for x in numbers))
-    step = skip.Step(cache, rule, rows, np.zeros((1, length), np.int64), 1)
+    kept, anchors = np.zeros((1, length), np.int64), np.zeros((1, 1, cache.anchor_width), np.float32)
+    step = skip.Step(cache, rule, rows, kept, anchors, 1)
     return torch.from_numpy(skip.decide_skips(step, 0, round(ratio * UNITS))).bool()
 
 

@@ -107,6 +107,11 @@ def rows_of(blocks, done, count):
     return skip.SkipRows(blocks[None].astype(np.int32), *(np.array(x, np.int64) for x in numbers))
 
 
+def make_room():
+    """What a layer keeps of its tokens, of one request at first."""
+    return np.zeros((1, BLOCKS * BLOCK), np.int64), np.zeros((1, BLOCKS, 2 * HEADS * DIMS), np.float32)
+
+
 def text_of(kind, length):
     """Keys and values [2, heads, length, dims] of drifting, periodic or constant text."""
     noise = torch.randn(2, HEADS, length, DIMS, generator=torch.Generator().manual_seed(length))
@@ -120,11 +125,11 @@ def text_of(kind, length):
 def decide(cache, blocks, length, steps, ratio):
     """Feed `length` tokens in `steps`; the decisions, and the scores kept."""
     rule = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16)
-    kept = np.zeros((1, BLOCKS * BLOCK), np.int64)
+    kept, anchors = make_room()
     decisions, done = [], 0
     while done < length:
         count = min(steps[len(decisions) % len(steps)], length - done)
-        step = skip.Step(cache, rule, rows_of(blocks, done, count), kept, 2)
+        step = skip.Step(cache, rule, rows_of(blocks, done, count), kept, anchors, 2)
         decisions.append(skip.decide_skips(step, 0, round(ratio * 10000)))
         done += count
     slots = np.arange(length)
@@ -150,6 +155,16 @@ def test_decisions_follow_the_formulas(kind, ratio, encoding):
     assert kind == "periodic" or ties <= 3
 
 
+def test_carried_anchors_do_not_drift():
+    """Much larger than what tells tokens apart, what they have in common comes in and leaves a thousand times."""
+    length, blocks = BLOCKS * BLOCK, np.arange(BLOCKS)
+    keys, values = 30 + text_of("drifting", length)
+    _, scores = decide(make_cache(keys, values, blocks), blocks, length, [1], 0.5)
+    own = reference.Settings(W=HISTORY, M=TERMS, skip=(0.5,), warmup=WARMUP)
+    expected = reference.redundancy(keys, values, length - 100, length, own)
+    assert np.abs(scores[-100:] - expected.numpy()).max() < 2e-5
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(["drifting", "periodic", "constant"]),
@@ -172,6 +187,27 @@ def test_how_a_text_is_cut_into_steps_changes_no_decision(steps):
     assert np.array_equal(decide(cache, blocks, 400, steps, 0.5)[0], decide(cache, blocks, 400, [400], 0.5)[0])
 
 
+@pytest.mark.parametrize("first", [[320], [50, 40], [1]])
+def test_whoever_takes_over_full_blocks_goes_on_as_their_owner(first):
+    """A prefix hit ends with a full block, whose owner may have gone on meanwhile."""
+    blocks, others = np.arange(10), np.array([0, 1, *range(20, 28)])
+    keys, values = text_of("drifting", 320)
+    owner, taker = (make_cache(keys, values, table) for table in (blocks, others))
+    rule, room = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16), make_room()
+
+    def feed(cache, table, done, length, steps):
+        decisions = []
+        while done < length:
+            count = min(steps[len(decisions) % len(steps)], length - done)
+            step = skip.Step(cache, rule, rows_of(table, done, count), *room, 2)
+            decisions.append(skip.decide_skips(step, 0, 5000))
+            done += count
+        return np.concatenate(decisions)
+
+    whole = feed(owner, blocks, 0, 320, first)
+    assert np.array_equal(feed(taker, others, 64, 320, [7, 1]), whole[64:])
+
+
 @pytest.mark.parametrize("encoding", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ORDERS)
 def test_what_lies_behind_the_newest_token_may_be_anything(name, encoding):
@@ -185,7 +221,7 @@ def test_what_lies_behind_the_newest_token_may_be_anything(name, encoding):
 def attend(cache, blocks, slot, window, query, softcap=0.0):
     """The substitute "window" for one token, float32 [query heads, dims]."""
     rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, window)
-    step = skip.Step(cache, rule, rows_of(blocks, slot, 1), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+    step = skip.Step(cache, rule, rows_of(blocks, slot, 1), *make_room(), 2)
     step.skipped[:] = 1
     out = torch.full_like(query, float("nan"))
     encoding = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}[query.dtype]
@@ -216,7 +252,7 @@ def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window, softcap
 def test_a_skipped_row_of_the_step_is_cleared_and_no_other():
     cache, blocks = make_cache(*text_of("drifting", 64), np.arange(2)), np.arange(2)
     rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
-    step = skip.Step(cache, rule, rows_of(blocks, 10, 4), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+    step = skip.Step(cache, rule, rows_of(blocks, 10, 4), *make_room(), 2)
     step.skipped[:] = [0, 1, 1, 0]
     out = torch.ones(5, 3, 2, dtype=torch.bfloat16)  # padded by one row
     skip.clear_skipped(step, out.data_ptr(), out.stride(0) * out.element_size())
@@ -232,7 +268,7 @@ def test_means_of_outputs_go_on_across_steps_and_blocks():
     means, found, done = np.zeros((BLOCKS, 7), np.float32), [], 0
     for count in (40, 1, 1, 30, 18):
         part = outputs[done : done + count].copy()
-        step = skip.Step(cache, rule, rows_of(blocks, done, count), np.zeros((1, BLOCKS * BLOCK), np.int64), 2)
+        step = skip.Step(cache, rule, rows_of(blocks, done, count), *make_room(), 2)
         step.skipped[:] = skipped[done : done + count]
         skip.average_outputs(step, means, part)
         found.append(part)

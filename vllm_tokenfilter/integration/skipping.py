@@ -5,9 +5,9 @@ values are in the cache: decide for every token, let vLLM's kernel attend for th
 substitute in place of the rest. A skipped row that decodes reads one entry of the cache instead of all; what attends
 for it otherwise is our own kernel. In a prefill row the same decisions change the output and save nothing.
 
-What a decision needs from the past is kept by physical slot (score and debt) or block (the mean of outputs), so that
-aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a block next writes before it
-reads. A seal carries it along with the raw tokens.
+What a decision needs from the past is kept by physical slot (score and debt) or block (anchors, the mean of outputs),
+so that aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a block next writes
+before it reads. A seal carries it along with the raw tokens.
 
 Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
 """
@@ -53,6 +53,7 @@ class SkippingLayers:
         self.units = {index: units[index] for index in layer_indices}
         self.places = {index: place for place, index in enumerate(layer_indices)}
         self.kept = np.zeros((len(caches), self.paged.num_blocks * self.paged.block_size), np.int64)
+        self.anchors = np.zeros((len(caches), self.paged.num_blocks, self.paged.anchor_width), np.float32)
         self._means: NDArray[np.float32] | None = None
 
     def means(self, width: int) -> NDArray[np.float32]:
@@ -62,13 +63,14 @@ class SkippingLayers:
         return self._means
 
     def follow(self, due: DueSeals, layout: Layout) -> None:
-        """Let the means of outputs follow the newest tokens of the rows that were just sealed."""
-        if self._means is None:
-            return
+        """Let what is kept by block follow the newest tokens of the rows that were just sealed."""
         rows, size = np.arange(len(due.rows)), self.paged.block_size
         newest = due.num_tokens - 1 - due.first_chunk * layout.removed_per_chunk
         moved = newest - (due.last_chunk - due.first_chunk) * layout.removed_per_chunk
-        self._means[:, due.block_tables[rows, moved // size]] = self._means[:, due.block_tables[rows, newest // size]]
+        target, source = (due.block_tables[rows, slots // size] for slots in (moved, newest))
+        for kept in (self.anchors, self._means):
+            if kept is not None:
+                kept[:, target] = kept[:, source]
 
 
 @dataclass
@@ -135,7 +137,9 @@ class SkipStep:
         near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
         whole = (slots + query_lens).astype(np.int32)
-        step = skip.Step(layers.paged, layers.rule, rows, layers.kept, torch.get_num_threads(), whole, near)
+        step = skip.Step(
+            layers.paged, layers.rule, rows, layers.kept, layers.anchors, torch.get_num_threads(), whole, near
+        )
         warm = int((query_lens - cold).sum())
         return cls(layers, step, torch.from_numpy(step.lengths), warm, metadata_for, counters)
 

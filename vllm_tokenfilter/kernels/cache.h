@@ -124,16 +124,31 @@ static void widen_values(const struct cache *cache, int64_t base, int64_t first,
     }
 }
 
-/* Ask for what a tile holds before it is needed: a decoded token finds its predecessors in no cache. */
-static void prefetch_tile(const struct cache *cache, int64_t base, int64_t first) {
+/* Ask for a tile of a head's keys or values before it is needed; `base` and `first` as in widen_keys. */
+static void prefetch_tile(const struct cache *cache, int64_t base, int64_t first, int values) {
   int64_t size = cache->encoding == FLOAT32 ? sizeof(float) : sizeof(uint16_t), line = 64 / size;
   const char *start = (const char *)cache->elements + base * size;
-  for (int64_t d = 0; d < cache->dims; d += cache->key_order == DIM_PAIRS ? 2 : 1)
-    __builtin_prefetch(start + (cache->key_tokens[first] + cache->key_dims[d]) * size, 0, 2);
-  int64_t pairs = cache->value_order == TOKEN_PAIRS;
-  for (int64_t i = 0; i < TILE; i += 1 + pairs)
-    for (int64_t d = 0; d < cache->dims; d += pairs ? TILE : line)
-      __builtin_prefetch(start + (cache->value_tokens[first + i] + cache->value_dims[d]) * size, 0, 2);
+  if (values && cache->value_order >= BY_TOKEN) {
+    int64_t pairs = cache->value_order == TOKEN_PAIRS;
+    for (int64_t i = 0; i < TILE; i += 1 + pairs)
+      for (int64_t d = 0; d < cache->dims; d += pairs ? TILE : line)
+        __builtin_prefetch(start + (cache->value_tokens[first + i] + cache->value_dims[d]) * size, 0, 3);
+  } else if (!values && cache->key_order >= BY_DIM) {
+    for (int64_t d = 0; d < cache->dims; d += cache->key_order == DIM_PAIRS ? 2 : 1)
+      __builtin_prefetch(start + (cache->key_tokens[first] + cache->key_dims[d]) * size, 0, 3);
+  }
+}
+
+/* Ask for a token's keys and values before they are needed. */
+static void prefetch_token(const struct cache *cache, int64_t base, int64_t token) {
+  int64_t size = cache->encoding == FLOAT32 ? sizeof(float) : sizeof(uint16_t), line = 64 / size;
+  const char *start = (const char *)cache->elements + base * size;
+  int64_t key_step = cache->key_order == BY_TOKEN ? line : cache->key_order == DIM_PAIRS ? 2 : 1;
+  int64_t value_step = cache->value_order == BY_TOKEN ? line : cache->value_order == TOKEN_PAIRS ? TILE : 1;
+  for (int64_t d = 0; d < cache->dims; d += key_step)
+    __builtin_prefetch(start + (cache->key_tokens[token] + cache->key_dims[d]) * size, 0, 3);
+  for (int64_t d = 0; d < cache->dims; d += value_step)
+    __builtin_prefetch(start + (cache->value_tokens[token] + cache->value_dims[d]) * size, 0, 3);
 }
 
 /* Redundancy of each token, into out [C], from the heads' scores key, value [H, C]. */

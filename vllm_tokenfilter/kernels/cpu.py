@@ -106,6 +106,11 @@ class PagedCache:
         """Tokens per block."""
         return len(self.key_tokens)
 
+    @property
+    def anchor_width(self) -> int:
+        """Elements of one anchor of keys and one of values, of all heads."""
+        return 2 * self.num_kv_heads * len(self.key_dims)
+
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
         """The same for the kernels; valid as long as this object."""

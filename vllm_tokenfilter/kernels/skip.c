@@ -1,8 +1,8 @@
 /* The CPU kernels of attention skipping, called once per layer of a step: decide which of the step's tokens are skipped,
    and compute what stands for a skipped attention. docs/skipping.md has the formulas; tests/reference.py follows them.
 
-   A step's tokens are in the cache before any of this runs. What a decision needs of earlier tokens is read from the
-   cache and from `kept`, which holds a score and a debt per physical slot: nothing belongs to a request.
+   A step's tokens are in the cache before any of this runs. What a decision needs of earlier tokens is kept by physical
+   slot (a score and a debt) or block (the anchors behind its newest token): nothing belongs to a request.
 
    Shapes: D = cache->dims, H = cache->heads (KV heads), T tokens of the step. */
 
@@ -22,6 +22,7 @@ struct skip_rows {
 };
 
 /* A step of the layers of one layout, and what the layer at hand decided. kept [num_layers, kept_stride], by slot.
+   anchors [num_layers, anchors_stride], by block [2, H, D]: of keys and values, for the token behind the block's newest.
    skipped [T]. Row r attends to whole[r] tokens, and to lengths[r] once its skips are decided: 1 in a skipped row of one
    token, which reads at most `near` all the same.
    totals: tokens skipped; skipped rows of one token; what all rows of one token read. */
@@ -30,11 +31,12 @@ struct skip_step {
   const struct skip_rule *rule;
   const struct skip_rows *rows;
   struct kept *kept;
+  float *anchors;
   const int32_t *whole;
   uint8_t *skipped;
   int32_t *lengths;
   int64_t *totals;
-  int64_t kept_stride, near, num_threads;
+  int64_t kept_stride, anchors_stride, near, num_threads;
 };
 
 /* What a raw token leaves for its successors. */
@@ -68,109 +70,74 @@ static float cosine(const float *x, const float *y, int64_t dims) {
   return norms > 0 ? dot / sqrtf(norms) : 0;
 }
 
-/* Cosine of x[before .. before + count) to the anchor of the last `terms` tokens before each, into out [count].
-   x [before + count, D]; before <= terms; anchor [D] is scratch. */
-static void running_cosines(const float *x, int64_t before, int64_t count, const struct skip_rule *rule, int64_t dims,
-                            float *anchor, float *out) {
-  for (int64_t d = 0; d < dims; d++) anchor[d] = 0;
-  for (int64_t t = 0; t < before + count; t++, x += dims) {
-    if (t >= before) out[t - before] = cosine(x, anchor, dims);
-    const float *leaving = x - rule->terms * dims;
-    if (t >= rule->terms)
+/* Scores of the row's new tokens in one head, into out [count]. The anchor of the last `terms` raw tokens is carried from
+   token to token: each that comes in decays the others, and the oldest leaves.
+   anchors: of this head in block 0, block_width apart; written for the newest token of each block. x [count, D], anchor [D]
+   and gone [D] are scratch. */
+static void score_head(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
+                       int64_t head, int64_t first, int64_t raw, int64_t count, int values, float *anchors,
+                       int64_t block_width, float *x, float *anchor, float *gone, float *out) {
+  const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
+  int64_t size = cache->block_size, dims = cache->dims;
+  if (raw) memcpy(anchor, anchors + blocks[(first - 1) / size] * block_width, dims * sizeof(float));
+  else memset(anchor, 0, dims * sizeof(float));
+  for (int64_t t = 0; t < count; t++, x += dims) {
+    int64_t slot = first + t, oldest = slot - rule->terms;
+    widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % size], values, x);
+    out[t] = cosine(x, anchor, dims);
+    if (raw + t >= rule->terms) {
+      const float *leaving = x - rule->terms * dims;
+      if (t < rule->terms) {
+        widen(cache, element(cache, blocks, start, head, oldest) + tokens[oldest % size], values, gone);
+        leaving = gone;
+      }
       for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d] - rule->dropped * leaving[d];
-    else
-      for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d];
-  }
-}
-
-/* Scores of the row's new tokens in one head, into out [count]; x [before + count, D] and anchor [D] are scratch. */
-static void score_tokens(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
-                         int64_t head, int64_t first, int64_t before, int64_t count, int values, float *x,
-                         float *anchor, float *out) {
-  const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
-  int64_t size = cache->block_size;
-  for (int64_t i = 0; i < before + count; i++) {
-    int64_t slot = first - before + i;
-    widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % size], values, x + i * cache->dims);
-  }
-  running_cosines(x, before, count, rule, cache->dims, anchor, out);
-}
-
-/* The anchor of the `before` tokens before a slot, into out [D]: what running_cosines carries along, as one weighted sum,
-   tile by tile. tile and sums [D] lanes are scratch. */
-static void sum_anchor(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
-                       int64_t head, int64_t slot, int64_t before, int values, lanes *tile, lanes *sums, float *out) {
-  int64_t dims = cache->dims, oldest = slot - before;
-  float weight = 1;
-  for (int64_t d = 0; d < dims; d++) {
-    sums[d] = (lanes){0};
-    out[d] = 0;
-  }
-  for (int64_t first = (slot - 1) / TILE * TILE; before && first + TILE > oldest; first -= TILE) {
-    int64_t low = oldest > first ? oldest - first : 0, high = slot - first < TILE ? slot - first : TILE;
-    int64_t base = element(cache, blocks, start, head, first), inside = first % cache->block_size;
-    lanes weights = {0};
-    lane_bits known = {0}; /* what lies behind the newest token may be anything */
-    for (int64_t i = high - 1; i >= low; i--, weight *= rule->decay) {
-      weights[i] = weight;
-      known[i] = 0xFFFFFFFF;
-    }
-    if (values) {
-      const float *own = (const float *)tile;
-      widen_values(cache, base, inside, (float *)tile);
-      for (int64_t i = low; i < high; i++)
-        for (int64_t d = 0; d < dims; d++) out[d] += weights[i] * own[i * dims + d];
     } else {
-      widen_keys(cache, base, inside, tile);
-      for (int64_t d = 0; d < dims; d++) sums[d] += weights * (lanes)((lane_bits)tile[d] & known);
+      for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d];
     }
+    /* A full block may be taken over by another request, which goes on from its end. */
+    if (t + 1 == count || (slot + 1) % size == 0)
+      memcpy(anchors + blocks[slot / size] * block_width, anchor, dims * sizeof(float));
   }
-  for (int64_t d = 0; d < dims && !values; d++)
-    for (int64_t i = 0; i < TILE; i++) out[d] += sums[d][i];
 }
 
-/* Score of a row's only new token in one head: decoding spends its time here. */
-static float score_token(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
-                         int64_t head, int64_t slot, int64_t before, int values, float *scratch) {
-  const int64_t *tokens = values ? cache->value_tokens : cache->key_tokens;
-  int64_t dims = cache->dims;
-  lanes *tile = (lanes *)scratch, *sums = tile + dims;
-  float *anchor = (float *)(sums + dims), *own = anchor + dims;
-  sum_anchor(cache, rule, blocks, start, head, slot, before, values, tile, sums, anchor);
-  widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % cache->block_size], values, own);
-  return cosine(own, anchor, dims);
-}
-
-/* Redundancy of the row's new tokens, into out [count]. */
+/* Redundancy of the row's new tokens, into out [count]; `raw` tokens lie before them. */
 static void score_row(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
-                      int64_t first, int64_t before, int64_t count, float *out) {
-  int64_t dims = cache->dims, heads = cache->heads;
-  float *scratch = floats((count > 1 ? before + count + 1 : 2 * TILE + 2) * dims), *scores = floats(2 * heads * count);
-  for (int64_t head = 0; head < heads; head++)
-    for (int values = 0; values < 2; values++) {
-      float *own = scores + (values * heads + head) * count;
-      if (count == 1) *own = score_token(cache, rule, blocks, start, head, first, before, values, scratch);
-      else
-        score_tokens(cache, rule, blocks, start, head, first, before, count, values, scratch,
-                     scratch + (before + count) * dims, own);
+                      int64_t first, int64_t raw, int64_t count, float *anchors, float *out) {
+  int64_t dims = cache->dims, heads = cache->heads, block_width = 2 * heads * dims;
+  float *scratch = floats((count + 2) * dims), *scores = floats(2 * heads * count);
+  for (int values = 0; values < 2; values++)
+    for (int64_t head = 0; head < heads; head++) {
+      int64_t place = values * heads + head;
+      score_head(cache, rule, blocks, start, head, first, raw, count, values, anchors + place * dims, block_width,
+                 scratch, scratch + count * dims, scratch + (count + 1) * dims, scores + place * count);
     }
   fuse(scores, scores + heads * count, heads, count, rule->fusion, out);
   free(scratch);
   free(scores);
 }
 
+/* Ask for what the row's first token is scored with: decoding finds it in no cache. */
+static void prefetch_row(const struct cache *cache, const struct skip_rule *rule, const int32_t *blocks, int64_t start,
+                         int64_t first, int64_t raw, const float *anchors) {
+  int64_t size = cache->block_size, block_width = 2 * cache->heads * cache->dims, leaving = first - rule->terms;
+  if (raw)
+    for (int64_t i = 0; i < block_width; i += 16)
+      __builtin_prefetch(anchors + blocks[(first - 1) / size] * block_width + i, 1, 3);
+  for (int64_t head = 0; head < cache->heads && raw >= rule->terms; head++)
+    prefetch_token(cache, element(cache, blocks, start, head, leaving), leaving % size);
+}
+
 static void decide_row(const struct cache *cache, const struct skip_rule *rule, const struct skip_rows *rows,
-                       int64_t start, int64_t ratio, int64_t row, struct kept *kept, uint8_t *skipped) {
+                       int64_t start, int64_t ratio, int64_t row, struct kept *kept, float *anchors, uint8_t *skipped) {
   const int32_t *blocks = rows->block_tables + row * rows->table_stride;
   int64_t count = rows->starts[row + 1] - rows->starts[row], first = rows->slots[row], raw = first - rows->raw[row];
   if (!count) return;
-  int64_t known = raw < rule->history ? raw : rule->history, before = raw < rule->terms ? raw : rule->terms;
-  for (int64_t slot = first - before; count == 1 && slot <= first; slot += TILE - slot % TILE)
-    for (int64_t head = 0; head < cache->heads; head++)
-      prefetch_tile(cache, element(cache, blocks, start, head, slot), slot / TILE * TILE % cache->block_size);
+  int64_t known = raw < rule->history ? raw : rule->history;
+  prefetch_row(cache, rule, blocks, start, first, raw, anchors);
   float *scores = floats(known + count);
   read_scores(cache, blocks, kept, first - known, known, scores);
-  score_row(cache, rule, blocks, start, first, before, count, scores + known);
+  score_row(cache, rule, blocks, start, first, raw, count, anchors, scores + known);
   int64_t debt = raw ? kept[physical(cache, blocks, first - 1)].debt : 0;
   skipped += rows->starts[row];
   for (int64_t t = 0; t < count; t++) {
@@ -195,7 +162,7 @@ void decide_skips(const struct skip_step *step, int64_t layer, int64_t ratio) {
 #pragma omp parallel for schedule(dynamic) num_threads(step->num_threads)
   for (int64_t row = 0; row < rows->num_rows; row++)
     decide_row(step->cache, step->rule, rows, step->cache->layer_starts[layer], ratio, row,
-               step->kept + layer * step->kept_stride, step->skipped);
+               step->kept + layer * step->kept_stride, step->anchors + layer * step->anchors_stride, step->skipped);
   int64_t *totals = step->totals;
   totals[0] = totals[1] = totals[2] = 0;
   for (int64_t row = 0; row < rows->num_rows; row++) {
@@ -265,6 +232,12 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
   int64_t num_tiles = sink_tiles + slot / TILE - first + 1, width = num_tiles * TILE;
   float *scratch = floats(TILE * dims), *weights = floats(group * width), *totals = floats(group);
   lanes *tile = (lanes *)scratch;
+  /* A decoded token finds its window in no cache: the values travel while the keys are worked on. */
+  for (int values = 0; values < 2; values++)
+    for (int64_t n = 0; n < num_tiles; n++) {
+      int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
+      prefetch_tile(cache, element(cache, blocks, start, head, place), place % size, values);
+    }
   for (int64_t n = 0; n < num_tiles; n++) {
     int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
     int64_t low = n < sink_tiles ? 0 : from, high = n < sink_tiles ? sinks : slot + 1;
@@ -292,13 +265,25 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
   memset(out, 0, group * dims * sizeof(float));
   for (int64_t n = 0; n < num_tiles; n++) {
     int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
+    /* Outside the window the values may be anything. */
+    int64_t low = n < sink_tiles || from < place ? 0 : from - place, high = (n < sink_tiles ? sinks : slot + 1) - place;
+    if (high > TILE) high = TILE;
     widen_values(cache, element(cache, blocks, start, head, place), place % size, scratch);
-    for (int64_t i = 0; i < TILE; i++)
-      for (int64_t g = 0; g < group; g++) {
-        float weight = weights[g * width + n * TILE + i];
-        if (weight != 0) /* outside the window the values may be anything */
-          for (int64_t d = 0; d < dims; d++) out[g * dims + d] += weight * scratch[i * dims + d];
+    for (int64_t g = 0; g < group; g++) {
+      const float *own = weights + g * width + n * TILE;
+      int64_t d = 0;
+      for (; d + TILE <= dims; d += TILE) {
+        lanes sum, row;
+        memcpy(&sum, out + g * dims + d, sizeof sum);
+        for (int64_t i = low; i < high; i++) {
+          memcpy(&row, scratch + i * dims + d, sizeof row);
+          sum += own[i] * row;
+        }
+        memcpy(out + g * dims + d, &sum, sizeof sum);
       }
+      for (; d < dims; d++)
+        for (int64_t i = low; i < high; i++) out[g * dims + d] += own[i] * scratch[i * dims + d];
+    }
   }
   for (int64_t g = 0; g < group; g++)
     for (int64_t d = 0; d < dims; d++) out[g * dims + d] /= totals[g];

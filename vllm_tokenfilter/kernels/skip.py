@@ -114,10 +114,13 @@ class Step:
         rule: how to decide.
         rows: the step's rows.
         kept: int64 [num_layers, num_blocks * block_size], by physical slot: score and debt of raw tokens.
+        anchors: float32 [num_layers, num_blocks, 2 * num_kv_heads * head_size]: of keys and values, by the block of a
+            request's newest token.
         skipped: uint8 [num_tokens], 1 where the attention is skipped.
         whole: int32 [num_rows], what a row attends to if it is not skipped.
         lengths: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
         totals: int64 [3]: tokens skipped; skipped rows of one token; what all rows of one token read.
+        kernels: the compiled ones.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class Step:
         rule: SkipRule,
         rows: SkipRows,
         kept: NDArray[np.int64],
+        anchors: NDArray[np.float32],
         num_threads: int,
         whole: NDArray[np.int32] | None = None,
         near: int = 1,
@@ -137,22 +141,26 @@ class Step:
             rule: see above.
             rows: see above.
             kept: see above.
+            anchors: see above.
             num_threads: threads of PyTorch's pool to run on.
             whole: see above; None where nothing is attended.
             near: what a skipped row of one token still reads, at most.
         """
-        self.cache, self.rule, self.rows, self.kept = cache, rule, rows, kept
+        self.cache, self.rule, self.rows, self.kept, self.anchors = cache, rule, rows, kept, anchors
         self.whole = np.ones(len(rows.slots), np.int32) if whole is None else whole
         self.skipped = np.empty(int(rows.starts[-1]), np.uint8)
         self.lengths, self.totals = np.empty_like(self.whole), np.empty(3, np.int64)
+        self.kernels = _kernels()
         self._struct = _Step(
             *(ctypes.addressof(part.struct) for part in (cache, rule, rows)),
             pointer(kept, np.int64),
+            pointer(anchors, np.float32),
             pointer(self.whole, np.int32),
             pointer(self.skipped, np.uint8),
             pointer(self.lengths, np.int32),
             pointer(self.totals, np.int64),
             kept.shape[1],
+            anchors.shape[1] * anchors.shape[2],
             near,
             num_threads,
         )
@@ -170,7 +178,7 @@ def decide_skips(step: Step, layer: int, ratio_units: int) -> NDArray[np.uint8]:
     Returns:
         `step.skipped`.
     """
-    _kernels().decide_skips(step.address, layer, ratio_units)
+    step.kernels.decide_skips(step.address, layer, ratio_units)
     return step.skipped
 
 
@@ -182,7 +190,7 @@ def clear_skipped(step: Step, out: int, row_bytes: int) -> None:
         out: address of one row per token, `row_bytes` long; nothing lies between rows.
         row_bytes: see above.
     """
-    _kernels().clear_skipped(step.address, out, row_bytes)
+    step.kernels.clear_skipped(step.address, out, row_bytes)
 
 
 def attend_window(
@@ -211,7 +219,9 @@ def attend_window(
         out_stride: likewise.
         encoding: of both, FLOAT32 or BFLOAT16.
     """
-    _kernels().attend_window(step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding)
+    step.kernels.attend_window(
+        step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
+    )
 
 
 def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
@@ -223,7 +233,9 @@ def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.
             updated.
         outputs: float32 [num_tokens, num_heads * head_size], changed in place.
     """
-    _kernels().average_outputs(step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32))
+    step.kernels.average_outputs(
+        step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32)
+    )
 
 
 @functools.cache
@@ -245,9 +257,9 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("cache", "rule", "rows", "kept", "whole", "skipped", "lengths", "totals")
+            for name in ("cache", "rule", "rows", "kept", "anchors", "whole", "skipped", "lengths", "totals")
         ),
-        *((name, ctypes.c_int64) for name in ("kept_stride", "near", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("kept_stride", "anchors_stride", "near", "num_threads")),
     )
 
 
