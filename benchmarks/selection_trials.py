@@ -62,6 +62,9 @@ def trials(num_layers: int) -> dict[str, FilterConfig]:
     settings["first ten layers whole"] = spare(list(range(10)), 0.75, 128, 128)
     settings["last ten layers whole"] = spare(list(range(num_layers - 10, num_layers)), 0.75, 128, 128)
     settings["every third layer whole"] = spare(list(range(0, num_layers, 3)), 0.75, 128, 128)
+    # The best of equal mean that were found by hand before `tune`.
+    settings["chunk 256, layers 15 to 19 whole"] = spare(list(range(15, 20)), 0.6, 256, 256)
+    settings["chunk 256, layers 10 to 19 whole"] = spare(list(range(10, 20)), 0.75, 256, 256)
     settings["tuned layers at 0.25, others 0.625"] = FilterConfig.parse(
         {
             "pruning_ratio": 0.5,

@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 from tests.reports import sample
+from vllm_tokenfilter.reports import figures, plots
 from vllm_tokenfilter.reports.page import render_page
 from vllm_tokenfilter.reports.results import paired_intervals, readme_block, results_page
 
@@ -38,6 +39,36 @@ def test_names_from_a_file_cannot_become_markup():
     evil = copy.deepcopy(sample.BENCHMARK)
     evil["model"] = "<script>alert(1)</script>"
     assert "<script>" not in render_page([evil])
+
+
+def tuning(seed, whole, command="vllm-tokenfilter tune"):
+    ratios = [0.0 if layer in whole else 0.75 for layer in range(6)]
+    settings = {"pruning_ratio": sum(ratios) / 6, "schedule": {"ratios": ratios}}
+    score = {"name": "dense", "ratios": [0.0], "token_accuracy": 1.0, "answer_logprob": 0.0, "prose_nll": 0.0}
+    more = {"kind": "tuning", "text": "prose", "settings": settings, "scores": [score], "seconds": 300.0}
+    return {**sample.ORIGIN, **more, "command": command, "parameters": {"seed": seed}}
+
+
+def test_repeated_tunings_stand_in_one_table_and_say_what_they_found():
+    results = {
+        "tuning": tuning(1, {2, 4}),
+        "tuning_seed_2": tuning(2, {2, 5}),
+        "tuning_75": tuning(1, {2}, "x --reuse y"),
+    }
+    shown = results_page(results)
+    assert "| prose | 1 | 0.500 | 2 | 5.0 | 2, 4 |" in shown and "| prose | 2 | 0.500 | 2 | 5.0 | 2, 5 |" in shown
+    assert "| prose | 1 | 0.625 | 2 | - | 2 |" in shown
+    assert "## Tuning, prose" in shown and "## Tuning 75, prose" in shown and "## Tuning seed 2" not in shown
+
+
+def test_the_frontier_is_what_no_other_setting_beats():
+    points = {"tuned": (0.1, 0.9), "uniform": (0.05, 0.5), "linear": (0.2, 0.9), "first layers whole": (0.05, 0.4)}
+    scores = [{"name": name, "prose_nll": 2 + nll, "token_accuracy": hit} for name, (nll, hit) in points.items()]
+    trials = figures.selection_trials({"scores": [{"name": "dense", "prose_nll": 2, "token_accuracy": 1}, *scores]})
+    assert [trial.name for trial in figures.frontier(trials)] == ["uniform", "tuned"]
+    assert len({trial.group for trial in trials}) == 3
+    drawn = plots.settings_tried(trials)
+    assert "linear" in drawn and "first layers whole" in drawn and drawn == plots.settings_tried(trials)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

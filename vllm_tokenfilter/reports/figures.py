@@ -112,7 +112,7 @@ def selection_trials(result: Result) -> list[Trial]:
     def group(name: str) -> str:
         if name.startswith("tuned"):
             return "the layers that recall spared"
-        return "as many other layers whole" if name.endswith("whole") else "all layers pruned"
+        return "other layers whole" if name.endswith("whole") else "all layers pruned"
 
     return [
         Trial(score["name"], group(score["name"]), score["prose_nll"] - dense["prose_nll"], score["token_accuracy"])

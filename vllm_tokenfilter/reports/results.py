@@ -83,7 +83,7 @@ def _layers_found(tunings: dict[str, Result]) -> Rows:
                 str(parameters["seed"]),
                 f"{settings['pruning_ratio']:.3f}",
                 str(result["machine"]["cores"]),
-                f"{result['seconds'] / 60:.1f}",
+                "-" if "--reuse" in result["command"] else f"{result['seconds'] / 60:.1f}",
                 ", ".join(whole),
             ]
         )
