@@ -24,6 +24,18 @@ EMBEDDED_DEFAULTS = {
     "kv-cache-memory-bytes": str(2 << 30),
 }
 
+#: And how it is filtered then: configs/smollm2-135m-tuned.yaml, what `vllm-tokenfilter tune` found (docs/tuning.md).
+_RECALLING_LAYERS = (6, 7, 8, 17, 18, 19, 20, 21, 23, 24)
+EMBEDDED_FILTER: dict[str, Any] = {
+    "pruning_ratio": 0.5,
+    "chunk_size": 128,
+    "recent_window": 128,
+    "schedule": {
+        "kind": "per_layer",
+        "ratios": [0.0 if layer in _RECALLING_LAYERS else 0.75 for layer in range(30)],
+    },
+}
+
 
 def run(flags: list[str], config_file: str | None, pruning_ratio: float | None) -> None:
     """Serve until interrupted.
@@ -60,7 +72,8 @@ def run(flags: list[str], config_file: str | None, pruning_ratio: float | None) 
 def server_arguments(flags: list[str], config_file: str | None, pruning_ratio: float | None) -> list[str]:
     """The words that follow `vllm serve`.
 
-    Flags win over the file, and `--pruning-ratio` over both, key by key.
+    Flags win over the file, and `--pruning-ratio` over both, key by key. Where none of them says how to filter, the
+    embedded model takes `EMBEDDED_FILTER` and others the defaults of `FilterConfig`.
 
     Raises:
         ConfigError: the file or a setting of ours cannot be used.
@@ -74,12 +87,14 @@ def server_arguments(flags: list[str], config_file: str | None, pruning_ratio: f
         if not isinstance(ours, dict | None):
             FilterConfig.parse(ours)
         ours = {**(ours or {}), "pruning_ratio": pruning_ratio}
+    given = {flag.removeprefix("--").partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    given |= set(file_settings)
+    if ours is None and not _names_model(flags, given):
+        ours = EMBEDDED_FILTER
     FilterConfig.parse(ours)
     merged[CONFIG_KEY] = ours or {}
     _require_plugin_allowed()
 
-    given = {flag.removeprefix("--").partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
-    given |= set(file_settings)
     arguments = [*flags, "--additional-config", json.dumps(merged)]
     if config_file is not None:
         arguments += ["--config", config_file]
