@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "capacity.json"
+CONFIGS = Path(__file__).parents[1] / "configs"
 REPORTED = {"max_model_len": 8192, "kv_cache_memory_bytes": 1 << 30}
 SETTINGS: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -25,6 +27,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "r=0.75": ours(0.75),
     "first third dense, r=0.5": ours(0.5, first_layer=10),
     "layers 15-19 dense, r=0.6": ours(0.6, dense_layers=[15, 16, 17, 18, 19]),
+    **{
+        name: {
+            "attention_backend": "TOKEN_FILTERING",
+            "additional_config": read_config_file(CONFIGS / file)["additional-config"],
+        }
+        for name, file in (
+            ("tuned, mean r=0.5", "smollm2-135m-tuned.yaml"),
+            ("tuned, mean r=0.758", "smollm2-135m-tuned-75.yaml"),
+        )
+    },
 }
 #: 34,000 tokens of stock vLLM: 22 prompts of 1500 tokens, and 17 once they have grown by 500.
 LOAD = {"max_model_len": 8192, "max_num_seqs": 32, "kv_cache_memory_bytes": 790_000_000, "disable_log_stats": False}
