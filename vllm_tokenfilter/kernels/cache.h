@@ -17,9 +17,12 @@ enum { BY_TABLE, BY_TOKEN, BY_DIM, DIM_PAIRS, TOKEN_PAIRS };
 
 /* Tokens read together where a block's order allows; a multiple of it makes up every block then. */
 #define TILE 16
+/* Query heads of a KV head worked on together. */
+#define GROUP 4
 
 /* One number for each token of a tile. */
 typedef float lanes __attribute__((vector_size(TILE * sizeof(float))));
+typedef float unaligned_lanes __attribute__((vector_size(TILE * sizeof(float)), aligned(sizeof(float))));
 typedef uint32_t lane_bits __attribute__((vector_size(TILE * sizeof(float))));
 typedef uint16_t half_lane_bits __attribute__((vector_size(TILE * sizeof(uint16_t))));
 

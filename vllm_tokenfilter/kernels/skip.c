@@ -222,74 +222,137 @@ static void write_row(const struct tensor *tensor, int64_t row, int64_t from, in
     }
 }
 
-/* Attention of one token's query heads of one KV head to the slots [0, sinks) and [from, slot].
-   query, out [group, D], sinks <= from. */
-static void attend_near(const struct cache *cache, const int32_t *blocks, int64_t start, int64_t head, int64_t sinks,
-                        int64_t from, int64_t slot, int64_t group, float scale, float softcap, const float *query,
-                        float *restrict out) {
-  int64_t dims = cache->dims, size = cache->block_size;
-  int64_t sink_tiles = (sinks + TILE - 1) / TILE, first = from / TILE;
-  int64_t num_tiles = sink_tiles + slot / TILE - first + 1, width = num_tiles * TILE;
-  float *scratch = floats(TILE * dims), *weights = floats(group * width), *totals = floats(group);
-  lanes *tile = (lanes *)scratch;
-  /* A decoded token finds its window in no cache: the values travel while the keys are worked on. */
-  for (int values = 0; values < 2; values++)
-    for (int64_t n = 0; n < num_tiles; n++) {
-      int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
-      prefetch_tile(cache, element(cache, blocks, start, head, place), place % size, values);
-    }
-  for (int64_t n = 0; n < num_tiles; n++) {
-    int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
-    int64_t low = n < sink_tiles ? 0 : from, high = n < sink_tiles ? sinks : slot + 1;
-    widen_keys(cache, element(cache, blocks, start, head, place), place % size, tile);
+/* What one token attends to in one head: the slots [0, sinks) and [from, slot], sinks <= from, in tiles. */
+struct near {
+  const int32_t *blocks;
+  int64_t start, head, sinks, from, slot, sink_tiles, num_tiles;
+};
+
+static struct near near_of(const struct skip_step *step, int64_t layer, int64_t row, int64_t token, int64_t head) {
+  const struct skip_rows *rows = step->rows;
+  int64_t slot = rows->slots[row] + token - rows->starts[row], window = step->rule->window, sinks = step->rule->sinks;
+  int64_t from = slot + 1 > window ? slot + 1 - window : 0;
+  if (sinks > from) sinks = from;
+  int64_t sink_tiles = (sinks + TILE - 1) / TILE, num_tiles = sink_tiles + slot / TILE - from / TILE + 1;
+  return (struct near){rows->block_tables + row * rows->table_stride, step->cache->layer_starts[layer], head, sinks,
+                       from, slot, sink_tiles, num_tiles};
+}
+
+/* First slot of tile n. */
+static int64_t tile_slot(const struct near *near, int64_t n) {
+  return (n < near->sink_tiles ? n : near->from / TILE + n - near->sink_tiles) * TILE;
+}
+
+/* The tokens of tile n that are attended to are [low, high) of its own. */
+static int64_t tile_low(const struct near *near, int64_t n) {
+  int64_t place = tile_slot(near, n);
+  return n < near->sink_tiles || near->from < place ? 0 : near->from - place;
+}
+
+static int64_t tile_high(const struct near *near, int64_t n) {
+  int64_t count = (n < near->sink_tiles ? near->sinks : near->slot + 1) - tile_slot(near, n);
+  return count < TILE ? count : TILE;
+}
+
+static int64_t tile_base(const struct cache *cache, const struct near *near, int64_t n) {
+  return element(cache, near->blocks, near->start, near->head, tile_slot(near, n));
+}
+
+static void prefetch_near(const struct cache *cache, const struct near *near, int64_t n, int values) {
+  prefetch_tile(cache, tile_base(cache, near, n), tile_slot(near, n) % cache->block_size, values);
+}
+
+/* Scores of `group` (at most GROUP) query heads [group, D] with a tile's keys, into out, `width` floats apart. */
+static inline __attribute__((always_inline)) void score_tile(const lanes *keys, const float *query, int64_t dims,
+                                                             int64_t group, float scale, float *out, int64_t width) {
+  lanes even[GROUP], odd[GROUP];
+  for (int64_t g = 0; g < group; g++) even[g] = odd[g] = (lanes){0};
+  for (int64_t d = 0; d < dims; d += 2)
     for (int64_t g = 0; g < group; g++) {
-      lanes even = {0}, odd = {0};
-      for (int64_t d = 0; d < dims; d += 2) {
-        even += query[g * dims + d] * tile[d];
-        odd += query[g * dims + d + 1] * tile[d + 1];
-      }
-      lanes dots = (even + odd) * scale;
-      for (int64_t i = 0; i < TILE; i++) {
-        float dot = softcap > 0 ? softcap * tanhf(dots[i] / softcap) : dots[i];
-        weights[g * width + n * TILE + i] = place + i >= low && place + i < high ? dot : -INFINITY;
-      }
+      even[g] += query[g * dims + d] * keys[d];
+      odd[g] += query[g * dims + d + 1] * keys[d + 1];
+    }
+  for (int64_t g = 0; g < group; g++) *(unaligned_lanes *)(out + g * width) = (even[g] + odd[g]) * scale;
+}
+
+/* Add the values [low, high) of a tile [TILE, D] to the outputs of `group` query heads [group, D]; each head's weights lie
+   `width` floats behind the one's before. */
+static inline __attribute__((always_inline)) void add_tile(const float *values, const float *weights, int64_t width,
+                                                           int64_t low, int64_t high, int64_t dims, int64_t group,
+                                                           float *restrict out) {
+  int64_t d = 0;
+  for (; d + TILE <= dims; d += TILE) {
+    lanes sums[GROUP];
+    for (int64_t g = 0; g < group; g++) sums[g] = *(unaligned_lanes *)(out + g * dims + d);
+    for (int64_t i = low; i < high; i++) {
+      lanes row = *(const unaligned_lanes *)(values + i * dims + d);
+      for (int64_t g = 0; g < group; g++) sums[g] += weights[g * width + i] * row;
+    }
+    for (int64_t g = 0; g < group; g++) *(unaligned_lanes *)(out + g * dims + d) = sums[g];
+  }
+  for (; d < dims; d++)
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t i = low; i < high; i++) out[g * dims + d] += weights[g * width + i] * values[i * dims + d];
+}
+
+/* Attention of one token's query heads of one KV head. query, out [group, D]. scratch [TILE, D], weights
+   [group, TILE * num_tiles]. `next`, unless null, is what this thread attends to after it. */
+static void attend_near(const struct cache *cache, const struct near *near, const struct near *next, int64_t group,
+                        float scale, float softcap, const float *query, float *restrict out, float *scratch,
+                        float *weights) {
+  int64_t dims = cache->dims, size = cache->block_size, width = near->num_tiles * TILE;
+  for (int64_t n = 0; n < near->num_tiles; n++) {
+    int64_t low = tile_low(near, n), high = tile_high(near, n), g = 0;
+    float *own = weights + n * TILE;
+    if (next && n < next->num_tiles) prefetch_near(cache, next, n, 0);
+    widen_keys(cache, tile_base(cache, near, n), tile_slot(near, n) % size, (lanes *)scratch);
+    for (; g + 4 <= group; g += 4)
+      score_tile((lanes *)scratch, query + g * dims, dims, 4, scale, own + g * width, width);
+    if (group - g == 3) score_tile((lanes *)scratch, query + g * dims, dims, 3, scale, own + g * width, width);
+    if (group - g == 2) score_tile((lanes *)scratch, query + g * dims, dims, 2, scale, own + g * width, width);
+    if (group - g == 1) score_tile((lanes *)scratch, query + g * dims, dims, 1, scale, own + g * width, width);
+    for (g = 0; g < group; g++) {
+      if (softcap > 0)
+        for (int64_t i = 0; i < TILE; i++) own[g * width + i] = softcap * tanhf(own[g * width + i] / softcap);
+      for (int64_t i = 0; i < low; i++) own[g * width + i] = -INFINITY;
+      for (int64_t i = high; i < TILE; i++) own[g * width + i] = -INFINITY;
     }
   }
   for (int64_t g = 0; g < group; g++) {
-    float *own = weights + g * width, largest = -INFINITY, total = 0;
-    for (int64_t i = 0; i < width; i++) largest = own[i] > largest ? own[i] : largest;
+    float *own = weights + g * width, most[TILE], largest = -INFINITY, total = 0;
+    memcpy(most, own, sizeof most);
+    for (int64_t n = TILE; n < width; n += TILE)
+      for (int64_t i = 0; i < TILE; i++) most[i] = own[n + i] > most[i] ? own[n + i] : most[i];
+    for (int64_t i = 0; i < TILE; i++) largest = most[i] > largest ? most[i] : largest;
     for (int64_t i = 0; i < width; i++) own[i] = exponential(own[i] - largest);
     for (int64_t i = 0; i < width; i++) total += own[i];
-    totals[g] = total;
+    for (int64_t i = 0; i < width; i++) own[i] /= total;
   }
   memset(out, 0, group * dims * sizeof(float));
-  for (int64_t n = 0; n < num_tiles; n++) {
-    int64_t place = (n < sink_tiles ? n : first + n - sink_tiles) * TILE;
+  for (int64_t n = 0; n < near->num_tiles; n++) {
     /* Outside the window the values may be anything. */
-    int64_t low = n < sink_tiles || from < place ? 0 : from - place, high = (n < sink_tiles ? sinks : slot + 1) - place;
-    if (high > TILE) high = TILE;
-    widen_values(cache, element(cache, blocks, start, head, place), place % size, scratch);
-    for (int64_t g = 0; g < group; g++) {
-      const float *own = weights + g * width + n * TILE;
-      int64_t d = 0;
-      for (; d + TILE <= dims; d += TILE) {
-        lanes sum, row;
-        memcpy(&sum, out + g * dims + d, sizeof sum);
-        for (int64_t i = low; i < high; i++) {
-          memcpy(&row, scratch + i * dims + d, sizeof row);
-          sum += own[i] * row;
-        }
-        memcpy(out + g * dims + d, &sum, sizeof sum);
-      }
-      for (; d < dims; d++)
-        for (int64_t i = low; i < high; i++) out[g * dims + d] += own[i] * scratch[i * dims + d];
-    }
+    int64_t low = tile_low(near, n), high = tile_high(near, n), g = 0;
+    const float *own = weights + n * TILE;
+    if (next && n < next->num_tiles) prefetch_near(cache, next, n, 1);
+    widen_values(cache, tile_base(cache, near, n), tile_slot(near, n) % size, scratch);
+    for (; g + 4 <= group; g += 4) add_tile(scratch, own + g * width, width, low, high, dims, 4, out + g * dims);
+    if (group - g == 3) add_tile(scratch, own + g * width, width, low, high, dims, 3, out + g * dims);
+    if (group - g == 2) add_tile(scratch, own + g * width, width, low, high, dims, 2, out + g * dims);
+    if (group - g == 1) add_tile(scratch, own + g * width, width, low, high, dims, 1, out + g * dims);
   }
-  for (int64_t g = 0; g < group; g++)
-    for (int64_t d = 0; d < dims; d++) out[g * dims + d] /= totals[g];
-  free(scratch);
-  free(weights);
-  free(totals);
+}
+
+/* The step's skipped tokens in order, with their rows, as pairs into out; returns their number. */
+static int64_t list_skipped(const struct skip_step *step, int64_t *out) {
+  const struct skip_rows *rows = step->rows;
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows->num_rows; row++)
+    for (int64_t token = rows->starts[row]; token < rows->starts[row + 1]; token++)
+      if (step->skipped[token]) {
+        out[2 * count] = token;
+        out[2 * count++ + 1] = row;
+      }
+  return count;
 }
 
 /* The substitute "window" for the skipped tokens of a step in one layer. query, out: a token's row holds
@@ -298,28 +361,32 @@ static void attend_near(const struct cache *cache, const int32_t *blocks, int64_
 void attend_window(const struct skip_step *step, int64_t layer, int64_t group, float scale, float softcap, void *query,
                    int64_t query_stride, void *out, int64_t out_stride, int64_t encoding) {
   const struct cache *cache = step->cache;
-  const struct skip_rule *rule = step->rule;
-  const struct skip_rows *rows = step->rows;
   struct tensor queries = {query, query_stride, encoding}, outputs = {out, out_stride, encoding};
-  int64_t width = group * cache->dims;
-#pragma omp parallel for schedule(dynamic) num_threads(step->num_threads)
-  for (int64_t task = 0; task < rows->starts[rows->num_rows] * cache->heads; task++) {
-    int64_t token = task / cache->heads, head = task % cache->heads, row = 0, end = rows->num_rows;
-    if (!step->skipped[token]) continue;
-    while (row + 1 < end) { /* the last row that starts at or before the token */
-      int64_t middle = (row + end) / 2;
-      if (rows->starts[middle] <= token) row = middle;
-      else end = middle;
+  int64_t width = group * cache->dims, heads = cache->heads, threads = step->num_threads;
+  int64_t most_tiles = step->rule->sinks / TILE + step->rule->window / TILE + 3;
+  int64_t *skipped = malloc(2 * step->rows->starts[step->rows->num_rows] * sizeof(int64_t) + 1);
+  if (!skipped) abort();
+  int64_t num_tasks = list_skipped(step, skipped) * heads;
+#pragma omp parallel num_threads(threads)
+  {
+    float *scratch = floats(TILE * cache->dims + group * most_tiles * TILE + 2 * width);
+    float *weights = scratch + TILE * cache->dims, *own = weights + group * most_tiles * TILE;
+    /* A decoded token finds its window in no cache: while one is worked on, the next one travels. */
+#pragma omp for schedule(static, 1)
+    for (int64_t task = 0; task < num_tasks; task++) {
+      const int64_t *pair = skipped + task / heads * 2, *after = skipped + (task + threads) / heads * 2;
+      int64_t head = task % heads, more = task + threads < num_tasks;
+      struct near near = near_of(step, layer, pair[1], pair[0], head), next;
+      if (more) next = near_of(step, layer, after[1], after[0], (task + threads) % heads);
+      if (task < threads)
+        for (int64_t n = 0; n < 2 * near.num_tiles; n++) prefetch_near(cache, &near, n / 2, n % 2);
+      read_row(&queries, pair[0], head * width, width, own);
+      attend_near(cache, &near, more ? &next : NULL, group, scale, softcap, own, own + width, scratch, weights);
+      write_row(&outputs, pair[0], head * width, width, own + width);
     }
-    int64_t slot = rows->slots[row] + token - rows->starts[row];
-    int64_t from = slot + 1 > rule->window ? slot + 1 - rule->window : 0, sinks = rule->sinks < from ? rule->sinks : from;
-    float *own = floats(2 * width);
-    read_row(&queries, token, head * width, width, own);
-    attend_near(cache, rows->block_tables + row * rows->table_stride, cache->layer_starts[layer], head, sinks, from, slot,
-                group, scale, softcap, own, own + width);
-    write_row(&outputs, token, head * width, width, own + width);
-    free(own);
+    free(scratch);
   }
+  free(skipped);
 }
 
 /* The substitute "running_output": the decayed mean of a layer's outputs that were not skipped, kept with the block of
