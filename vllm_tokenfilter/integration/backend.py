@@ -92,13 +92,15 @@ class TokenFilteringImpl(SortingImpl, CPUAttentionBackendImpl):
     Attributes:
         layout: where the layer's tokens lie; None: it keeps every token.
         skips: index of the layer in the model if it skips attention, else None.
+        mixed: whether its group holds layers that lie otherwise, so that it must pick its own metadata.
 
-    Both are set by the metadata builder, which knows the layer's index.
+    All are set by the metadata builder, which knows the layer's index.
     """
 
     inner_name = CPUAttentionBackend.get_name()
     layout: Layout | None = None
     skips: int | None = None
+    mixed = False
 
     def forward(
         self,
@@ -113,8 +115,11 @@ class TokenFilteringImpl(SortingImpl, CPUAttentionBackendImpl):
         **kwargs: Any,
     ) -> torch.Tensor:
         """See `CPUAttentionBackendImpl.forward`."""
-        own = self._own(attn_metadata)
+        # Called in every layer of a step, whose caches hold keys and values by then: no line here is cheap.
         stock = super().forward
+        if self.skips is None and not self.mixed:
+            return stock(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        own = self._own(attn_metadata)
         if self.skips is None or own is None or (skip := getattr(own, "skip", None)) is None:
             return stock(layer, query, key, value, kv_cache, own, output, *args, **kwargs)
         skip.forward(
@@ -132,10 +137,11 @@ class TokenFilteringImpl(SortingImpl, CPUAttentionBackendImpl):
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """See `CPUAttentionBackendImpl.do_kv_cache_update`."""
-        metadata = get_forward_context().attn_metadata
-        common = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
-        if getattr(common, "parts", None) is not None:
-            slot_mapping = self._own(common).slot_mapping
+        if self.mixed:
+            metadata = get_forward_context().attn_metadata
+            common = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+            if getattr(common, "parts", None) is not None:
+                slot_mapping = self._own(common).slot_mapping
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def _own(self, metadata: Any) -> Any:
@@ -201,6 +207,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         self.parts = [
             _Part(layout, own, [index for index in own if index in skipping]) for layout, own in lying.items()
         ]
+        for layer in layers.values():
+            layer.impl.mixed = len(self.parts) > 1
         # Chunks can come sealed from the prefix cache only where blocks follow what is stored.
         self._shared_layout = (
             self.parts[0].layout
