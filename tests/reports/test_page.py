@@ -121,6 +121,23 @@ def test_intervals_pair_windows_and_tell_a_difference_from_none():
 
 
 def test_the_readme_shows_the_files_own_numbers():
-    block = readme_block({"perplexity_methods": sample.EVALUATION})
-    assert "**+10.0%**" in block and "**90.0%**" in block
+    block = readme_block(
+        {
+            "perplexity_tuned": {
+                **sample.EVALUATION,
+                "cells": [*sample.EVALUATION["cells"], sample.cell("smollm2-135m-tuned", 0.5, 10.2, sample.WINDOWS)],
+            },
+            "capacity": {"summary": {"ratios": {"r=0.5": 1.85, "tuned, mean r=0.5": 1.75}}},
+            "recall": {"cells": [recalled("dense", 0.99), recalled("variance_aware", 0.5), recalled("other", 0.1)]},
+        }
+    )
+    # Ratio 0.75 of the same method, which comes later in the file, must not take the place of 0.5.
+    assert "| **+10.0%** | **+2.0%** | [perplexity_tuned.json]" in block and "| **90.0%** | **90.0%** |" in block
+    assert "| **1.85 x** | **1.75 x** | [capacity.json]" in block
+    assert "(dense: 99.0%) | **50.0%** | not measured | [recall.json]" in block
     assert "bench" not in results_page({}).lower() or "benchmarks/results" in results_page({})
+
+
+def recalled(method, accuracy):
+    where = {"kind": "passkey", "length": 1500, "depth": 0.5, "trials": 100}
+    return {"method": method, "parameters": where, "values": {"token_accuracy": accuracy}}

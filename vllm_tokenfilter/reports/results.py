@@ -12,6 +12,10 @@ from vllm_tokenfilter.reports.paper_table import LONG, SHORT, paper_table
 from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown, tuning_tables
 
 _BOOTSTRAP_DRAWS = 2000
+_TUNED_MODEL = "SmolLM2-135M-Instruct"
+_PAIR = ("r=0.5", "tuned, mean r=0.5")
+_METHODS = ("variance_aware", "smollm2-135m-tuned")
+_ABSENT = "not measured"
 
 _INTRODUCTION = """# Results
 
@@ -29,8 +33,10 @@ def load_results(folder: Path) -> dict[str, Result]:
 def results_page(results: dict[str, Result]) -> str:
     """The page: speed of the attention, memory, serving, then quality."""
     parts = [_INTRODUCTION]
-    if speed := results.get("attention_speed"):
-        parts += ["## Decoding against a filtered cache\n", _attention(speed), _origin("attention_speed", speed)]
+    for name, speed in results.items():
+        if speed.get("benchmark") == "attention_speed":
+            title = f"## Decoding against a filtered cache, {speed['machine']['processor']}\n"
+            parts += [title, _attention(speed), _origin(name, speed)]
     if skipping := results.get("skipping_speed"):
         parts += ["## Decoding with attention skipped\n", _skipping(skipping), _origin("skipping_speed", skipping)]
     if capacity := results.get("capacity"):
@@ -149,73 +155,68 @@ def _bootstrap(differences: list[float]) -> tuple[float, float]:
 
 
 def readme_block(results: dict[str, Result]) -> str:
-    """The README's figures: the plot and a table of speed, capacity, perplexity and agreement at ratio 0.5."""
+    """The README's figures: the plot and, at ratio 0.5, what every layer alike and the tuned layers gain and cost."""
     parts = []
     if "perplexity_grid" in results:
         parts.append("![Perplexity against pruning ratio, ours and rival methods](docs/quality.svg)\n")
-    rows: Rows = [["SmolLM2-135M-Instruct, half of every sealed chunk removed", "measured", "from"]]
-    if speed := results.get("attention_speed"):
-        ratio = speed["summary"]["ratios"]["speedup of r=0.5 over stock"]
-        parameters = speed["parameters"]
-        rows.append(
-            [
-                f"decoding, {parameters['requests']} requests x {parameters['long_tokens']} tokens",
-                f"**{ratio['median']:.2f} x** stock vLLM ({ratio['least']:.2f} to {ratio['greatest']:.2f})",
-                _file("attention_speed"),
-            ]
-        )
-    if capacity := results.get("capacity"):
-        ratio = capacity["summary"]["ratios"]["r=0.5"]
-        rows.append(
-            ["requests of 8192 tokens that fit the same KV cache", f"**{ratio:.3f} x** stock vLLM", _file("capacity")]
-        )
-    for name in ("perplexity_methods", "perplexity_grid"):
-        if name in results and (row := _quality(results[name])):
-            dense, ours = row
-            tokens = ours["parameters"]["sequence_length"]
-            change = ours["values"]["perplexity"] / dense["values"]["perplexity"] - 1
-            agreement = ours["values"]["top1_agreement"]
-            rows.append([f"perplexity, {results[name]['text']}, {tokens} tokens", f"**{change:+.1%}**", _file(name)])
-            rows.append(["same likeliest next token as dense", f"**{agreement:.1%}**", _file(name)])
-            break
-    rows += _recalled(results)
-    if len(rows) > 1:
-        parts.append(markdown(rows) + "\n")
+    rows = _gains(results) + _costs(results)
+    if rows:
+        title = "SmolLM2-135M-Instruct, half of the sealed tokens removed"
+        head = [title, "every layer alike", "[tuned](docs/tuning.md), as `make serve` runs it", "from"]
+        parts.append(markdown([head, *rows]) + "\n")
     parts.append("More, rival methods and losing figures included: [docs/results.md](docs/results.md).")
     return "\n".join(parts)
 
 
-def _quality(result: Result) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    dense = next((cell for cell in result["cells"] if cell["method"] == "dense"), None)
-    for cell in result["cells"]:
-        settings = cell["settings"]
-        if cell["method"] == "variance_aware" and (settings["pruning_ratio"], settings["recent_window"]) == (0.5, 64):
-            return (dense, cell) if dense else None
-    return None
-
-
-def _recalled(results: dict[str, Result]) -> Rows:
-    """Perplexity and recall with the ratio where it costs least, beside every layer alike."""
+def _gains(results: dict[str, Result]) -> Rows:
+    """Speed and capacity over stock, ratio 0.5: rows of title, every layer alike, tuned, file."""
     rows: Rows = []
-    tuned = "smollm2-135m-tuned"
+    if speed := results.get("skipping_speed"):
+        found = speed["models"][_TUNED_MODEL]["summary"]["speedups"]
+        parameters = speed["parameters"]
+        title = f"decoding, {parameters['requests']} requests x {parameters['tokens']} tokens, against stock vLLM"
+        shown = [
+            f"**{found[name]['median']:.2f} x** ({found[name]['least']:.2f} to {found[name]['greatest']:.2f})"
+            if name in found
+            else _ABSENT
+            for name in _PAIR
+        ]
+        rows.append([title, *shown, _file("skipping_speed")])
+    if capacity := results.get("capacity"):
+        ratios = capacity["summary"]["ratios"]
+        title = "requests of 8192 tokens in the same KV cache, against stock vLLM"
+        shown = [f"**{ratios[name]:.2f} x**" if name in ratios else _ABSENT for name in _PAIR]
+        rows.append([title, *shown, _file("capacity")])
+    return rows
+
+
+def _costs(results: dict[str, Result]) -> Rows:
+    """Perplexity, agreement and recall at ratio 0.5, both settings from one file: rows as in `_gains`."""
+    rows: Rows = []
     if quality := results.get("perplexity_tuned"):
-        by_method = {cell["method"]: cell["values"] for cell in quality["cells"]}
-        if tuned in by_method:
-            change = by_method[tuned]["perplexity"] / by_method["dense"]["perplexity"] - 1
-            title = (
-                f"the same with the layers that recall whole ([tuned](docs/tuning.md)): perplexity, {quality['text']}"
-            )
-            rows.append([title, f"**{change:+.1%}**", _file("perplexity_tuned")])
+        by_method = {
+            cell["method"]: cell
+            for cell in quality["cells"]
+            if cell["method"] != "variance_aware" or cell["settings"]["pruning_ratio"] == 0.5
+        }
+        dense = by_method["dense"]
+        tokens = dense["parameters"]["sequence_length"]
+        cells = [by_method[name]["values"] if name in by_method else None for name in _METHODS]
+        before = dense["values"]["perplexity"]
+        changes = [f"**{cell['perplexity'] / before - 1:+.1%}**" if cell else _ABSENT for cell in cells]
+        agreements = [f"**{cell['top1_agreement']:.1%}**" if cell else _ABSENT for cell in cells]
+        file = _file("perplexity_tuned")
+        rows.append([f"perplexity, {quality['text']}, {tokens} tokens, against dense", *changes, file])
+        rows.append(["same likeliest next token as dense", *agreements, file])
     if recall := results.get("recall"):
         found = {
             cell["method"]: cell["values"]["token_accuracy"]
             for cell in recall["cells"]
             if cell["parameters"] == {**cell["parameters"], "kind": "passkey", "length": 1500, "depth": 0.5}
         }
-        if tuned in found:
-            title = "pass key in 1500 tokens, tokens right: dense, every layer alike, tuned"
-            shown = ", ".join(f"{found[name]:.1%}" for name in ("dense", "variance_aware"))
-            rows.append([title, f"{shown}, **{found[tuned]:.1%}**", _file("recall")])
+        title = f"pass key in 1500 tokens, tokens right (dense: {found['dense']:.1%})"
+        shown = [f"**{found[name]:.1%}**" if name in found else _ABSENT for name in _METHODS]
+        rows.append([title, *shown, _file("recall")])
     return rows
 
 
