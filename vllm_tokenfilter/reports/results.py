@@ -37,8 +37,10 @@ def results_page(results: dict[str, Result]) -> str:
         if speed.get("benchmark") == "attention_speed":
             title = f"## Decoding against a filtered cache, {speed['machine']['processor']}\n"
             parts += [title, _attention(speed), _origin(name, speed)]
-    if skipping := results.get("skipping_speed"):
-        parts += ["## Decoding with attention skipped\n", _skipping(skipping), _origin("skipping_speed", skipping)]
+    for name, skipping in results.items():
+        if skipping.get("benchmark") == "skipping_speed":
+            title = "## Decoding with attention skipped" + (", another run" if name != "skipping_speed" else "")
+            parts += [title + "\n", _skipping(skipping), _origin(name, skipping)]
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     if on_gpu := results.get("gpu_attention"):
@@ -185,7 +187,7 @@ def _gains(results: dict[str, Result]) -> Rows:
     if capacity := results.get("capacity"):
         ratios = capacity["summary"]["ratios"]
         title = "requests of 8192 tokens in the same KV cache, against stock vLLM"
-        shown = [f"**{ratios[name]:.2f} x**" if name in ratios else _ABSENT for name in _PAIR]
+        shown = [f"**{ratios[name]:.3f} x**" if name in ratios else _ABSENT for name in _PAIR]
         rows.append([title, *shown, _file("capacity")])
     return rows
 
