@@ -135,7 +135,7 @@ def test_counters_add_up_under_load_and_start_anew_with_the_server(tiny_model): 
 
 @pytest.fixture(scope="module")
 def url(model_path):
-    flags = ["--dtype", "float32", "--no-enable-prefix-caching", "--api-key", "sesame"]
+    flags = ["--dtype", "float32", "--no-enable-prefix-caching", "--api-key", "sesame", "--pruning-ratio", "0.5"]
     with serve(*flags, "--max-model-len", "2048", "--kv-cache-memory-bytes", str(192 << 20)) as (url, _, _):
         yield url
 
