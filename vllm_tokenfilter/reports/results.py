@@ -39,8 +39,9 @@ def results_page(results: dict[str, Result]) -> str:
             parts += [title, _attention(speed), _origin(name, speed)]
     for name, skipping in results.items():
         if skipping.get("benchmark") == "skipping_speed":
-            title = "## Decoding with attention skipped" + (", another run" if name != "skipping_speed" else "")
-            parts += [title + "\n", _skipping(skipping), _origin(name, skipping)]
+            title = f"## Decoding with attention skipped, {skipping['machine']['processor']}\n"
+            again = title.replace("\n", ", another run\n")
+            parts += [again if title in parts else title, _skipping(skipping), _origin(name, skipping)]
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     if on_gpu := results.get("gpu_attention"):
