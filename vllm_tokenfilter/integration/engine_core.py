@@ -209,7 +209,8 @@ class Control:
         if config.schedule.kind != "uniform":
             return (
                 f"pruning_ratio={config.pruning_ratio:g} cannot follow at run time with schedule.kind="
-                f"{config.schedule.kind}, which gives every KV-cache group a layout of its own; restart the server."
+                f"{config.schedule.kind}, which gives every KV-cache group a layout of its own; restart the server "
+                "with that ratio, or with schedule.kind=uniform (--pruning-ratio alone for the embedded model)."
             )
         if not any(isinstance(manager, FilteredAttentionManager) for manager in self._managers()):
             return (
