@@ -37,11 +37,13 @@ def results_page(results: dict[str, Result]) -> str:
         if speed.get("benchmark") == "attention_speed":
             title = f"## Decoding against a filtered cache, {speed['machine']['processor']}\n"
             parts += [title, _attention(speed), _origin(name, speed)]
-    for name, skipping in results.items():
-        if skipping.get("benchmark") == "skipping_speed":
-            title = f"## Decoding with attention skipped, {skipping['machine']['processor']}\n"
-            again = title.replace("\n", ", another run\n")
-            parts += [again if title in parts else title, _skipping(skipping), _origin(name, skipping)]
+    skippings = {name: result for name, result in results.items() if result.get("benchmark") == "skipping_speed"}
+    if skippings:
+        parts.append("## Decoding with attention skipped\n")
+    for name, skipping in skippings.items():
+        title = f"### {skipping['machine']['processor']}\n"
+        again = title.replace("\n", ", another run\n")
+        parts += [again if title in parts else title, _skipping(skipping), _origin(name, skipping)]
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     if on_gpu := results.get("gpu_attention"):
