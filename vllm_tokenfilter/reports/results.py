@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,8 @@ def load_results(folder: Path) -> dict[str, Result]:
 def results_page(results: dict[str, Result]) -> str:
     """The page: speed of the attention, memory, serving, then quality."""
     parts = [_INTRODUCTION]
-    for name, speed in results.items():
-        if speed.get("benchmark") == "attention_speed":
-            title = f"## Decoding against a filtered cache, {speed['machine']['processor']}\n"
-            parts += [title, _attention(speed), _origin(name, speed)]
-    skippings = {name: result for name, result in results.items() if result.get("benchmark") == "skipping_speed"}
-    if skippings:
-        parts.append("## Decoding with attention skipped\n")
-    for name, skipping in skippings.items():
-        title = f"### {skipping['machine']['processor']}\n"
-        again = title.replace("\n", ", another run\n")
-        parts += [again if title in parts else title, _skipping(skipping), _origin(name, skipping)]
+    parts += _runs(results, "attention_speed", "Decoding against a filtered cache", _attention)
+    parts += _runs(results, "skipping_speed", "Decoding with attention skipped", _skipping)
     if capacity := results.get("capacity"):
         parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
     if on_gpu := results.get("gpu_attention"):
@@ -227,6 +219,18 @@ def _costs(results: dict[str, Result]) -> Rows:
 
 def _file(name: str) -> str:
     return f"[{name}.json](benchmarks/results/{name}.json)"
+
+
+def _runs(results: dict[str, Result], benchmark: str, title: str, tables: Callable[[Result], str]) -> list[str]:
+    """A section with every run of a benchmark, each under its processor's name."""
+    runs = {name: result for name, result in results.items() if result.get("benchmark") == benchmark}
+    parts = [f"## {title}\n"] if runs else []
+    for name, run in runs.items():
+        heading = f"### {run['machine']['processor']}\n"
+        if heading in parts:
+            heading = heading.replace("\n", ", another run\n")
+        parts += [heading, tables(run), _origin(name, run)]
+    return parts
 
 
 def _attention(result: Result) -> str:
