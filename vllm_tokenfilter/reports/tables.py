@@ -32,7 +32,7 @@ def evaluation_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
             "chunk",
             "window",
             "dense layers",
-            "pruned",
+            "pruned in filtered layers",
             *(key.replace("_", " ") for key in measured),
         ]
         rows = [head + [_NAMES[name][0] for name in names]]
@@ -65,7 +65,7 @@ def settings_row(cell: dict[str, Any]) -> list[str]:
 
 
 def _pruned(cell: dict[str, Any]) -> str:
-    """The share of all tokens that left the cache: how much of the text was long enough to be filtered."""
+    """The share of tokens that left the cache, a mean over the filtered layers: layers left dense do not count."""
     return f"{cell['tokens_pruned'] / cell['tokens_seen']:.1%}" if cell["tokens_seen"] else "-"
 
 
