@@ -13,8 +13,9 @@ from vllm_tokenfilter.integration import engine_core, refusals
 
 def prepared(monkeypatch, settings, ratio):
     monkeypatch.setattr(refusals, "settings_of", lambda vllm_config: FilterConfig.parse(settings))
-    managers = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=())))
-    return engine_core.Control(SimpleNamespace(vllm_config=None, scheduler=managers)).prepare(ratio)
+    coordinator = SimpleNamespace(single_type_managers=())
+    scheduler = SimpleNamespace(kv_cache_manager=SimpleNamespace(coordinator=coordinator))
+    return engine_core.Control(SimpleNamespace(vllm_config=None, scheduler=scheduler)).prepare(ratio)
 
 
 @pytest.mark.parametrize(
@@ -32,5 +33,5 @@ def test_a_server_without_filtered_groups_is_told_to_start_with_a_ratio(monkeypa
     assert "restart it with a pruning_ratio above 0" in answer["refused"]
 
 
-def test_a_ratio_that_is_none_is_refused(monkeypatch):
+def test_a_ratio_out_of_range_is_refused(monkeypatch):
     assert "pruning_ratio=1.5" in prepared(monkeypatch, {"pruning_ratio": 0.5}, 1.5)["refused"]
