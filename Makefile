@@ -40,7 +40,7 @@ format: setup
 	$(BIN)/ruff format .
 
 docs: setup
-	$(BIN)/python -m vllm_tokenfilter.docs_pages
+	$(BIN)/python -m docs.render.pages
 
 bench: setup
 	$(BIN)/python benchmarks/attention_speed.py $(ARGS)
@@ -72,7 +72,7 @@ $(STAMP): requirements/cpu.lock requirements/torch-cpu.txt pyproject.toml
 	@$(PIP) install --no-deps -r requirements/cpu.lock 2> >(grep -v 'is ignored: it is neither' >&2)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(PIP) uninstall -y torchvision torchaudio torchcodec 2>/dev/null || true
-	@$(BIN)/python -m vllm_tokenfilter.models
+	@$(BIN)/python -m vllm_tokenfilter.local.models
 	@touch $(STAMP)
 
 # vLLM for CUDA and what it asks for, from pip's sources; not locked, as it depends on the machine's driver.

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.layout import stored_tokens
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.provenance import provenance
 
 OUT = Path(__file__).parent / "results" / "attention_speed.json"
 REQUESTS, LONG, SHORT, NEW_TOKENS = 8, 4000, 128, 96

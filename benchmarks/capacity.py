@@ -15,8 +15,8 @@ from engines import EngineProcess, ours
 from rich.console import Console
 from rich.table import Table
 
-from vllm_tokenfilter.provenance import provenance
-from vllm_tokenfilter.settings_file import read_config_file
+from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "capacity.json"
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from vllm_tokenfilter.models import default_model_path
+from vllm_tokenfilter.local.models import default_model_path
 
 #: What a measurement takes: the `LLM`, and the task as it was sent.
 Measure = Callable[..., Any]

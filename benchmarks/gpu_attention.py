@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.kernels import gpu
+from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.layout import stored_tokens
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.provenance import provenance
 
 OUT = Path(__file__).parent / "results" / "gpu_attention.json"
 SHAPES = {"Llama-3-8B": Shape(32, 32, 8, 128), "Llama-2-13B": Shape(40, 40, 40, 128)}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.gpu_step import FilteredSteps
-from vllm_tokenfilter.kernels import gpu
+from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
+from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.plan import plan_seals
 
 Run = Callable[[], Any]

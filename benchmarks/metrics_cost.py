@@ -18,8 +18,8 @@ from pathlib import Path
 
 from engines import EngineProcess, ours
 
-from vllm_tokenfilter.models import MODEL_NAME, default_model_path
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
+from vllm_tokenfilter.local.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 RATIO = 0.5
@@ -115,7 +115,7 @@ def main():
     parser.add_argument("--json", type=Path, default=RESULTS / "metrics_cost.json")
     options = parser.parse_args()
     # Imported late: --help needs no engine.
-    from vllm_tokenfilter.integration.endpoints import METRICS_INTERVAL_S
+    from vllm_tokenfilter.integration.server.endpoints import METRICS_INTERVAL_S
 
     arguments = {"max_model_len": options.tokens + options.new_tokens, "kv_cache_memory_bytes": 1 << 29}
     engine = EngineProcess({**arguments, **ours(RATIO)}, count_or_not)

@@ -19,11 +19,11 @@ from vllm_tokenfilter.cli.output import print_tables
 from vllm_tokenfilter.cli.tune import load_model
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.evaluation.texts import load_text
-from vllm_tokenfilter.models import MODEL_NAME, default_model_path
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
+from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.settings_file import read_settings
 from vllm_tokenfilter.reports.tables import tuning_tables
-from vllm_tokenfilter.settings_file import read_settings
-from vllm_tokenfilter.tuning import Score, Tuner, make_texts
+from vllm_tokenfilter.tuning.tuner import Score, Tuner, make_texts
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "selection_trials.json"

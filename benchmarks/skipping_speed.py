@@ -21,9 +21,9 @@ from engines import interleave, ours
 from rich.console import Console
 from rich.table import Table
 
-from vllm_tokenfilter.models import default_model_path
-from vllm_tokenfilter.provenance import provenance
-from vllm_tokenfilter.settings_file import read_config_file
+from vllm_tokenfilter.local.models import default_model_path
+from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "skipping_speed.json"
 #: Prefix caching needs blocks that a chunk's kept tokens fill, 32 on CPU; vLLM's kernel reads large blocks faster.

@@ -37,12 +37,12 @@ def interpreted():
         pytest.skip("there is a GPU: tests/gpu runs these tests on it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from vllm_tokenfilter import kernels
+        from vllm_tokenfilter.kernels import gpu
 
-        for name in [name for name in sys.modules if name.startswith("vllm_tokenfilter.kernels.triton_")]:
+        for name in [name for name in sys.modules if name.startswith("vllm_tokenfilter.kernels.gpu.triton_")]:
             patch.delitem(sys.modules, name)
             # `from package import module` would find the old one there.
-            patch.delattr(kernels, name.rpartition(".")[2], raising=False)
+            patch.delattr(gpu, name.rpartition(".")[2], raising=False)
         yield
 
 
@@ -57,7 +57,7 @@ def device():
 @pytest.fixture(scope="session")
 def model_path():
     """The embedded model, made ready once."""
-    from vllm_tokenfilter.models import default_model_path
+    from vllm_tokenfilter.local.models import default_model_path
 
     return str(default_model_path())
 

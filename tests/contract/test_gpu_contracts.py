@@ -14,14 +14,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
 from vllm_tokenfilter.config import FilterConfig  # noqa: E402
-from vllm_tokenfilter.integration import (  # noqa: E402
-    gpu_backend,
-    gpu_dispatch,
-    gpu_skipping,
-    gpu_step,
-    refusals,
-    registration,
-)
+from vllm_tokenfilter.integration import gpu_dispatch, refusals, registration  # noqa: E402
+from vllm_tokenfilter.integration.gpu import backend as gpu_backend  # noqa: E402
+from vllm_tokenfilter.integration.gpu import skipping as gpu_skipping  # noqa: E402
+from vllm_tokenfilter.integration.gpu import steps as gpu_step  # noqa: E402
 
 ROOT = Path(vllm.__file__).parent
 # flashinfer is not installed beside CPU torch, so its module is read and not imported.

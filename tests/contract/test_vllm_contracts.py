@@ -18,7 +18,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
-from vllm_tokenfilter.integration import backend, plugin, registration, workarounds  # noqa: E402
+from vllm_tokenfilter.integration import plugin, registration, workarounds  # noqa: E402
+from vllm_tokenfilter.integration.cpu import backend  # noqa: E402
 
 
 def parameters(function):
@@ -72,7 +73,7 @@ def test_the_cpu_writer_puts_keys_where_the_view_says():
     from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
 
-    from vllm_tokenfilter.integration.cache_view import read_tokens, view_paged_cache
+    from vllm_tokenfilter.integration.cpu.cache_view import read_tokens, view_paged_cache
 
     if not current_platform.is_cpu():
         pytest.skip("needs vLLM's CPU build")
@@ -237,7 +238,7 @@ def test_endpoint_plugins_are_loaded_by_name_and_requests_are_checked_where_we_l
     from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from vllm_tokenfilter.integration import endpoints
+    from vllm_tokenfilter.integration.server import endpoints
 
     assert plugins.ENDPOINT_PLUGINS_GROUP == "vllm.endpoint_plugins"
     assert "envs.VLLM_PLUGINS is None" in inspect.getsource(plugins.load_endpoint_plugins), (

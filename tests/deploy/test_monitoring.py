@@ -79,7 +79,9 @@ def test_panels_do_not_overlap_and_say_what_they_show():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("tokenfilter_")])
 def test_a_metric_of_ours_is_in_the_table(name):
-    metrics = pytest.importorskip("vllm_tokenfilter.metrics", reason="the table of metrics is not there")
+    metrics = pytest.importorskip(
+        "vllm_tokenfilter.integration.server.metrics", reason="the table of metrics is not there"
+    )
     assert name in {metric.name for metric in metrics.METRICS}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.serving.running import TINY_FLAGS, complete, prompts_of, serve, settled, totals_of
-from vllm_tokenfilter.metrics import METRICS
+from vllm_tokenfilter.integration.server.metrics import METRICS
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = [

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_generated_pages_are_current():
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm_tokenfilter.docs_pages import stale_pages
+    from docs.render.pages import stale_pages
 
     assert stale_pages() == [], "run `make docs`"
 

@@ -59,8 +59,8 @@ class Engine:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        from vllm_tokenfilter.integration import backend, sealing
-        from vllm_tokenfilter.kernels import skip
+        from vllm_tokenfilter.integration.cpu import backend, sealing
+        from vllm_tokenfilter.kernels.cpu import skip
 
         self.records: dict[str, Record] = {}
         self._rows: list[Run] = []

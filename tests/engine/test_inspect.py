@@ -6,7 +6,7 @@ import torch
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.filtering import kept, redundancy
-from vllm_tokenfilter.inspection import PRUNED, RAW, Text, inspect_text
+from vllm_tokenfilter.inspection.compare import PRUNED, RAW, Text, inspect_text
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 NUM_TOKENS, STEP = 600, 32
@@ -18,7 +18,7 @@ def seen(model_path, tokens):
     """One inspection, and the keys and values it saw."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm_tokenfilter.integration import observing, scoring
+    from vllm_tokenfilter.integration.offline import observing, scoring
 
     observed = []
     original = observing.observe

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from vllm_tokenfilter.capacity import Layer, Shape, kv_capacity
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.model_shape import read_shape
+from vllm_tokenfilter.planning.capacity import Layer, Shape, kv_capacity
+from vllm_tokenfilter.planning.model_shape import read_shape
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 SETTINGS = (

@@ -1,10 +1,10 @@
-"""The kernels on a GPU: the cases of tests/unit/test_gpu_kernels.py, against the reference and the CPU path."""
+"""The kernels on a GPU: the cases of tests/kernels/gpu/test_seal.py, against the reference and the CPU path."""
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.unit.test_gpu_kernels import (  # noqa: F401
+from tests.kernels.gpu.test_seal import (  # noqa: F401
     test_a_seal_equals_the_reference_and_touches_no_other_slot,
     test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessors,
     test_of_equal_redundancies_the_older_tokens_stay_and_no_number_goes_first,

@@ -1,4 +1,4 @@
-"""Steps on a GPU: the cases of tests/unit/test_gpu_step.py, a real CUDA graph among them, and that nothing waits."""
+"""Steps on a GPU: tests/integration/gpu/test_steps.py, a real CUDA graph among them, and that nothing waits."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.unit.test_gpu_step import (
+from tests.integration.gpu.test_steps import (
     make_steps,
     step,
     test_a_captured_decode_step_over_changing_lengths_attends_to_what_the_reference_keeps,  # noqa: F401

@@ -24,8 +24,8 @@ def watch(seals, steps, skips):
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from vllm_tokenfilter.integration.gpu_skipping import SkippingGroup
-    from vllm_tokenfilter.integration.gpu_step import FilteredSteps
+    from vllm_tokenfilter.integration.gpu.skipping import SkippingGroup
+    from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
 
     rows, due_rows = [], []  # the requests of the running step's rows, and of the step that made seals due
     seal, adjust, schedule = FilteredSteps.seal, FilteredSteps.adjust, Scheduler.schedule

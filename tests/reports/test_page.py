@@ -9,10 +9,10 @@ import zlib
 
 import pytest
 
+from docs.render.results import paired_intervals, readme_block, results_page
 from tests.reports import sample
 from vllm_tokenfilter.reports import figures, plots
 from vllm_tokenfilter.reports.page import render_page
-from vllm_tokenfilter.reports.results import paired_intervals, readme_block, results_page
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -15,7 +15,7 @@ class RecordingWorker(WorkerStatus):
     """A worker that also keeps what it sealed."""
 
     def record_choices(self):
-        from vllm_tokenfilter.integration import sealing
+        from vllm_tokenfilter.integration.cpu import sealing
 
         seal, self.recorded = sealing.seal, []
 

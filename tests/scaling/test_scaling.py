@@ -28,7 +28,7 @@ from tests.serving.running import (
     totals_of,
 )
 from tests.tiny import tiny_model  # noqa: F401  (a fixture)
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.provenance import provenance
 
 pytestmark = pytest.mark.slow
 

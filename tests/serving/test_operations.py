@@ -21,7 +21,7 @@ from tests.serving.running import (
     totals_of,
 )
 from tests.tiny import tiny_model  # noqa: F401  (a fixture)
-from vllm_tokenfilter.metrics import METRICS
+from vllm_tokenfilter.integration.server.metrics import METRICS
 
 KEY = {"Authorization": "Bearer sesame"}
 SEEN, SEALED, PRUNED = (f"tokenfilter_tokens_{word}_total" for word in ("seen", "sealed", "pruned"))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from vllm_tokenfilter.bench.servers import PeakMemory, Server, started
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.provenance import provenance
 
 BASELINE = "stock"
 
@@ -135,7 +135,7 @@ def run(plan: Plan, out: Path, progress: Progress) -> Benchmark:
     Raises:
         EvaluationError: a server does not start or answer, or `out` cannot be used.
     """
-    from vllm_tokenfilter.integration.http_client import complete_together
+    from vllm_tokenfilter.integration.offline.http_client import complete_together
 
     parameters = {
         "output_tokens": plan.output_tokens,

@@ -62,7 +62,7 @@ def verify(
     """Prove the installation: versions, dense and filtered generation side by side, what was filtered."""
     from vllm_tokenfilter.cli.verify import run
     from vllm_tokenfilter.config import FilterConfig
-    from vllm_tokenfilter.settings_file import read_settings
+    from vllm_tokenfilter.local.settings_file import read_settings
 
     settings = FilterConfig.parse({"pruning_ratio": pruning_ratio}) if config is None else read_settings(config)
     raise typer.Exit(run(model, settings, as_json))
@@ -93,7 +93,7 @@ def bench(
     """
     from vllm_tokenfilter.bench.run import Plan
     from vllm_tokenfilter.cli.bench import bench as measure
-    from vllm_tokenfilter.models import default_model_path
+    from vllm_tokenfilter.local.models import default_model_path
 
     embedded = model is None and not url
     flags = list(run_context.args)
@@ -156,8 +156,8 @@ def evaluate(
     """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, rival methods and dense."""
     from vllm_tokenfilter.cli.evaluate import evaluate as measure
     from vllm_tokenfilter.evaluation.run import Plan
-    from vllm_tokenfilter.models import default_model_path
-    from vllm_tokenfilter.settings_file import read_named_settings
+    from vllm_tokenfilter.local.models import default_model_path
+    from vllm_tokenfilter.local.settings_file import read_named_settings
 
     # Files are measured by themselves unless a grid is asked for as well.
     ratios = [0.5] if quick else [] if config else [0.25, 0.5, 0.75]
@@ -234,7 +234,7 @@ def plan(
     """Predict how many requests fit and what a token costs, dense and filtered, as vLLM counts at start."""
     from vllm_tokenfilter.cli.plan import Deployment, plan
     from vllm_tokenfilter.config import FilterConfig
-    from vllm_tokenfilter.settings_file import read_named_settings
+    from vllm_tokenfilter.local.settings_file import read_named_settings
 
     deployment = Deployment(
         model=model_config,

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.models import default_model_path
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.models import default_model_path
+from vllm_tokenfilter.local.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def inspect(request: Request, config: FilterConfig) -> None:
     console = Console(stderr=True)
     from transformers import AutoConfig, AutoTokenizer
 
-    from vllm_tokenfilter.inspection import inspect_text, read_text
-    from vllm_tokenfilter.reports.inspect_page import figures, write_page
+    from vllm_tokenfilter.inspection.compare import inspect_text, read_text
+    from vllm_tokenfilter.inspection.page import figures, write_page
 
     try:
         longest = int(AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings)
@@ -59,7 +59,7 @@ def inspect(request: Request, config: FilterConfig) -> None:
     except (OSError, ValueError) as error:
         raise EvaluationError([f"model={path} cannot be read ({str(error).splitlines()[0]}); pass another."]) from None
     text = read_text(request.text, request.chat, tokenizer, min(request.limit, longest - 1))
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
     with console.status(f"Starting vLLM for {len(text.ids)} tokens ..."):
         engine = ScoringEngine(path, len(text.ids) + 1, max_num_seqs=1, max_step_tokens=request.step_tokens)

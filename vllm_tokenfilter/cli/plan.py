@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_tokenfilter.capacity import Capacity, Shape, kv_capacity
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import PlanError
-from vllm_tokenfilter.model_shape import read_shape
+from vllm_tokenfilter.planning.capacity import Capacity, Shape, kv_capacity
+from vllm_tokenfilter.planning.model_shape import read_shape
 from vllm_tokenfilter.reports.tables import Rows
 
 GIB = 1 << 30

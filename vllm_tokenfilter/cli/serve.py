@@ -9,8 +9,8 @@ from typing import Any
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError
-from vllm_tokenfilter.models import MODEL_NAME, default_model_path
-from vllm_tokenfilter.settings_file import read_config_file
+from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
+from vllm_tokenfilter.local.settings_file import read_config_file
 
 #: The endpoint plugin that serves /token_filtering, by its entry point's name.
 HTTP_PLUGIN = "token_filtering_http"

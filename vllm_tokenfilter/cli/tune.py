@@ -14,10 +14,10 @@ from vllm_tokenfilter.cli.output import print_tables
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation.texts import load_text
-from vllm_tokenfilter.models import default_model_path
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.models import default_model_path
+from vllm_tokenfilter.local.provenance import provenance
 from vllm_tokenfilter.reports.tables import tuning_tables
-from vllm_tokenfilter.tuning import KEPT, Score, Tuner, make_texts, pruned_layers, tune
+from vllm_tokenfilter.tuning.tuner import KEPT, Score, Tuner, make_texts, pruned_layers, tune
 
 
 @dataclass(frozen=True)

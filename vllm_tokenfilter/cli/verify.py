@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
-from vllm_tokenfilter.models import default_model_path
-from vllm_tokenfilter.provenance import versions
+from vllm_tokenfilter.local.models import default_model_path
+from vllm_tokenfilter.local.provenance import versions
 
 #: Long enough that several chunks are sealed while the prompt is read and while the answer is written.
 _PARAGRAPH = (

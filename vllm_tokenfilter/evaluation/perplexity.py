@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 
 @dataclass

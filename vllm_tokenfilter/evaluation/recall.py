@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 KINDS = ("passkey", "key_value", "copy")
 

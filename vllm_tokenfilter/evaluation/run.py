@@ -10,10 +10,10 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation import perplexity, recall, tasks
 from vllm_tokenfilter.evaluation.schema import METHODS, Cell, Evaluation, settings_of
-from vllm_tokenfilter.provenance import provenance
+from vllm_tokenfilter.local.provenance import provenance
 
 if TYPE_CHECKING:
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 METRICS = ("perplexity", "tasks", "recall")
 
@@ -135,7 +135,7 @@ def run(plan: Plan, text: tuple[str, str], out: Path, progress: Progress) -> Eva
             64,
         ]
     )
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
     scorer = ScoringEngine(plan.model, max_model_len=longest + 1, max_num_seqs=8, max_step_tokens=64)
     try:

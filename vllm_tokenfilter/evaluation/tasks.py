@@ -20,7 +20,7 @@ import torch
 from vllm_tokenfilter.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from vllm_tokenfilter.integration.scoring import ScoringEngine
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 #: The seven tasks of arXiv 2512.07090.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     vllm_config = get_current_vllm_config()
     if registration.is_ours(vllm_config.attention_config.backend):
-        from vllm_tokenfilter.integration.backend import TokenFilteringBackend
+        from vllm_tokenfilter.integration.cpu.backend import TokenFilteringBackend
 
         refusals.require_supported(vllm_config)
         return TokenFilteringBackend

@@ -30,7 +30,7 @@ class AutoBackend(AttentionBackend):
     @classmethod
     def validate_configuration(cls, **layer: Any) -> list[str]:  # type: ignore[override]
         """See `AttentionBackend.validate_configuration`."""
-        from vllm_tokenfilter.integration.gpu_backend import INNER_BACKENDS, backend_over
+        from vllm_tokenfilter.integration.gpu.backend import INNER_BACKENDS, backend_over
 
         layer.pop("device_capability")
         path = current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**layer))
@@ -58,18 +58,18 @@ class AutoBackend(AttentionBackend):
 
 def __getattr__(name: str) -> Any:
     if name.startswith(_OVER):
-        from vllm_tokenfilter.integration.gpu_backend import backend_over
+        from vllm_tokenfilter.integration.gpu.backend import backend_over
 
         return backend_over(name.removeprefix(_OVER))
     if name != "SELECTED_BACKEND":
         raise AttributeError(name)
     config = refusals.require_supported(get_current_vllm_config())
     if current_platform.is_cpu():
-        from vllm_tokenfilter.integration.backend import TokenFilteringBackend
+        from vllm_tokenfilter.integration.cpu.backend import TokenFilteringBackend
 
         return TokenFilteringBackend
     if config.inner_backend == "auto":
         return AutoBackend
-    from vllm_tokenfilter.integration.gpu_backend import backend_over
+    from vllm_tokenfilter.integration.gpu.backend import backend_over
 
     return backend_over(config.inner_backend)

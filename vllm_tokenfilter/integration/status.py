@@ -43,8 +43,8 @@ class WorkerStatus:
             builder.use(config)
 
     def _token_filtering_builders(self) -> list[Any]:
-        from vllm_tokenfilter.integration.backend import TokenFilteringMetadataBuilder
-        from vllm_tokenfilter.integration.gpu_backend import FilteringBuilder
+        from vllm_tokenfilter.integration.cpu.backend import TokenFilteringMetadataBuilder
+        from vllm_tokenfilter.integration.gpu.backend import FilteringBuilder
 
         ours = (TokenFilteringMetadataBuilder, FilteringBuilder)
         runner: Any = self.model_runner  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Renders the generated pages of docs/; not part of the package."""

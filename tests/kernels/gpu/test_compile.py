@@ -1,0 +1,102 @@
+"""The GPU kernels through Triton's real compiler, which needs no GPU: the interpreter accepts what it would not."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vllm_tokenfilter.kernels.gpu import triton_lengths
+from vllm_tokenfilter.kernels.gpu import triton_seal
+from vllm_tokenfilter.kernels.gpu import triton_skip
+
+POINTERS = {
+    "*i64": "layer_addresses layer_indices slot_mapping totals",
+    "*i32": "tables task_rows task_chunks first_ptr last_ptr own_ptr num_tokens_ptr first_task_ptr asked_ptr kept "
+    "query_start_loc seq_lens stored_lens shared_chunks clean_tables rows debts read_lens below skipped",
+    "*fp32": "saved known scores redundancy similarities means weights key_scale value_scale",
+    "*bf16": "query output",
+    "fp32": "decay_log2 decay scale softcap",
+    "i64": "block_stride head_stride saved_stride kept_stride",
+}
+TYPES = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
+SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
+SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
+LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, SHARES=True, NO_SEALS=1 << 30, TILE=128)
+STEP = dict(D=128, BLOCK_SIZE=16, BLOCK_D=128, BLOCK_R=256, TILE=32, ENCODING=1)
+DECIDE = dict(HISTORY=64, UNITS=10000, PATIENCE=8, BLOCK_SIZE=16, BLOCK_N=64, CAPACITY=8192, FUSION=0)
+WINDOW = dict(SINKS=4, WINDOW=64, GROUP=4, BLOCK_G=16)
+KERNELS = [
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0)),
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0, ENCODING=3)),
+    (triton_seal._score, dict(SEAL, M=64, SELECTOR=1)),
+    (triton_seal._compact, dict(SEAL, BLOCK_C=64, FUSION=0)),
+    (triton_lengths.step_lengths, LENGTHS),
+    (triton_skip.describe_rows, dict(C=64, K=32, W=64, FILTERED=True)),
+    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192)),
+    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192, ENCODING=3)),
+    (triton_skip.decide_rows, dict(DECIDE, TILE=32)),
+    (triton_skip.decide_rows, dict(DECIDE, TILE=1)),
+    (triton_skip.put_zero, dict(WIDTH=4096, TILE=1024)),
+    (triton_skip.attend_window, dict(WINDOW, **STEP)),
+    (triton_skip.attend_window, dict(WINDOW, **dict(STEP, ENCODING=3))),
+    (triton_skip.average_outputs, dict(WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
+    (triton_skip.carry_kept, dict(C=64, K=32, BLOCK_SIZE=16, TILE=128)),
+    (triton_skip.carry_means, dict(C=64, K=32, WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
+]
+for kernel, constants in KERNELS:
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+    assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_gpu(capability):
+    done = subprocess.run([sys.executable, "-c", CODE, str(capability)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+SEALS = """
+import os
+import numpy as np
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+from tests.gpu_dryrun import pretend_cuda
+del os.environ["TRITON_INTERPRET"]  # the compiler is what is looked at
+from vllm_tokenfilter.kernels.gpu import seal as gpu
+from vllm_tokenfilter.kernels.gpu import triton_seal
+from vllm_tokenfilter.kernels.cpu.seal import ScoreRule
+from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layout import Layout
+
+pretend_cuda.pretend_driver()
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what["key"])
+launch = JITFunction.run
+JITFunction.run = lambda self, *args, **options: launch(self, *args, **{**options, "warmup": True})
+layout = Layout(64, 32, 64, 4, 64)
+cache = gpu.GpuCache.over([torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16)], [0], torch.bfloat16)
+gpu.warm_up(cache, layout, ScoreRule())
+assert len(compiled) == 2, compiled
+for lengths in ([128], [128, 200, 128], [192] * 4, [512, 300, 128, 128, 129], [4096] * 16):
+    plan = plan_seals(np.zeros(len(lengths), np.int64), np.array(lengths), 16, layout)
+    tables = torch.zeros(len(lengths), plan.num_blocks + 3, dtype=torch.int32)
+    due = gpu.DueSeals.snapshot(plan, tables, torch.zeros(len(lengths), dtype=torch.int32))
+    gpu.seal_chunks(cache, due, layout, ScoreRule())
+assert len(compiled) == 2, f"{len(compiled) - 2} compilations while requests wait"
+"""
+
+
+def test_no_seal_waits_for_the_compiler_once_the_kernels_are_warm():
+    done = subprocess.run([sys.executable, "-c", SEALS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

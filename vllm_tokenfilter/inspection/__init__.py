@@ -1,0 +1,1 @@
+"""What the filter does to one text, token by token and layer by layer."""

@@ -1,0 +1,192 @@
+"""What the filter does to one text: per token and layer what stays, how alike it is, and what it costs the prediction.
+
+The text is fed twice with the visibility decoding has, dense and filtered; see integration/scoring.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.filtering import anchors, similarity
+
+if TYPE_CHECKING:
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
+
+#: States of a token in a layer.
+PRUNED, KEPT, RAW = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text cut into tokens.
+
+    Attributes:
+        ids: the tokens.
+        pieces: the characters of each; joined they are the text. Empty where a token ends inside a character.
+        num_cut: tokens of the text that were left out at its end.
+    """
+
+    ids: list[int]
+    pieces: list[str]
+    num_cut: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One text under one setting.
+
+    Attributes:
+        text: the tokens.
+        layers: indices of all layers, in order.
+        dense_layers: those that keep every token, by reason.
+        states: uint8 [num_layers, num_tokens]: PRUNED, KEPT, or RAW (not sealed, or in a dense layer).
+        key_similarity: float32 [num_layers, num_tokens], to the running anchor, mean over heads.
+        value_similarity: float32, same shape.
+        dense_probability: float64 [num_tokens - 1], of the token that follows each position, nothing filtered.
+        filtered_probability: float64, same shape, filtered.
+        same_choice: bool, same shape: both find the same token likeliest.
+        kl: float64, same shape: divergence of the filtered distribution from the dense one, in nats.
+    """
+
+    text: Text
+    layers: list[int]
+    dense_layers: dict[str, list[int]]
+    states: NDArray[np.uint8]
+    key_similarity: NDArray[np.float32]
+    value_similarity: NDArray[np.float32]
+    dense_probability: NDArray[np.float64]
+    filtered_probability: NDArray[np.float64]
+    same_choice: NDArray[np.bool_]
+    kl: NDArray[np.float64]
+
+    @property
+    def num_filtered_layers(self) -> int:
+        """Layers that can prune."""
+        return len(self.layers) - sum(len(indices) for indices in self.dense_layers.values())
+
+
+def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> Text:
+    """The file's text in tokens, at most `limit` of them.
+
+    Args:
+        path: UTF-8 text.
+        chat: the file is a conversation: a JSON list of messages with role and content, or else the text of one
+            message of the user. It is put into the model's chat template.
+        tokenizer: a fast tokenizer.
+        limit: tokens.
+
+    Raises:
+        EvaluationError: the file cannot be read, is empty, or the model has no chat template.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError([f"text={path} cannot be read ({error}); pass a UTF-8 file."]) from None
+    if chat:
+        text = _rendered(text, tokenizer, path)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if len(ids) < 2:
+        raise EvaluationError([f"text={path} holds {len(ids)} tokens; pass a longer text."])
+    pieces, end = [], 0
+    for _, stop in offsets[:limit]:
+        pieces.append(text[end:stop])
+        end = max(end, stop)
+    return Text(ids[:limit], pieces, max(0, len(ids) - limit))
+
+
+def _rendered(text: str, tokenizer: Any, path: Path) -> str:
+    try:
+        messages = json.loads(text)
+    except json.JSONDecodeError:
+        messages = [{"role": "user", "content": text}]
+    well_formed = isinstance(messages, list) and all(
+        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
+    )
+    if not well_formed:
+        raise EvaluationError([f"text={path} is no list of messages; write [{{'role': ..., 'content': ...}}, ...]."])
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError(["chat=True needs a chat template, and the model has none; leave --chat out."])
+    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return rendered
+
+
+def inspect_text(engine: "ScoringEngine", text: Text, config: FilterConfig, step_tokens: int) -> Inspection:
+    """Feed the text dense and filtered, and compare.
+
+    Args:
+        engine: holds the text.
+        text: at least two tokens.
+        config: our settings, of a ratio above 0.
+        step_tokens: tokens of each step.
+
+    Raises:
+        UnsupportedError: the model cannot be served with these settings.
+    """
+    from vllm_tokenfilter.integration.offline.observing import observe
+
+    targets = torch.tensor(text.ids[1:])
+    hidden_states: list[torch.Tensor] = []
+    dense, filtered, kl = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
+    same = torch.zeros(len(targets), dtype=torch.bool)
+
+    def dense_step(index: int, start: int, hidden: torch.Tensor) -> None:
+        hidden_states.append(hidden.clone())
+        following = targets[start : start + len(hidden)]
+        logprobs = engine.logits(hidden[: len(following)]).double().log_softmax(-1)
+        dense[start : start + len(following)] = logprobs.gather(1, following[:, None])[:, 0].exp()
+
+    def filtered_step(index: int, start: int, hidden: torch.Tensor) -> None:
+        following = targets[start : start + len(hidden)]
+        where = slice(start, start + len(following))
+        base = engine.logits(recorded[start : start + len(following)]).double().log_softmax(-1)
+        logprobs = engine.logits(hidden[: len(following)]).double().log_softmax(-1)
+        filtered[where] = logprobs.gather(1, following[:, None])[:, 0].exp()
+        kl[where] = (base.exp() * (base - logprobs)).sum(-1)
+        same[where] = base.argmax(-1) == logprobs.argmax(-1)
+
+    engine.use(FilterConfig(pruning_ratio=0.0))
+    engine.feed([text.ids], step_tokens, dense_step)
+    recorded = torch.cat(hidden_states)
+    engine.use(config)
+    seen = observe(engine, text.ids, step_tokens, filtered_step)
+    layers = sorted(seen.keys)
+    states = np.full((len(layers), len(text.ids)), RAW, np.uint8)
+    for row, layer in enumerate(layers):
+        if (stays := seen.kept.get(layer)) is not None:
+            states[row, : len(stays)] = np.where(stays, KEPT, PRUNED)
+    keys, values = (
+        np.stack([running_similarity(of[layer], config.anchor_decay, config.anchor_terms).mean(0) for layer in layers])
+        for of in (seen.keys, seen.values)
+    )
+    return Inspection(
+        text,
+        layers,
+        engine.status()["layers_dense"],
+        states,
+        keys,
+        values,
+        dense.numpy(),
+        filtered.numpy(),
+        same.numpy(),
+        kl.numpy(),
+    )
+
+
+def running_similarity(x: torch.Tensor, decay: float, terms: int) -> NDArray[np.float32]:
+    """Cosine of each token to its anchor, float32 [H, T] from float32 [H, T, D], in pieces that fit the memory."""
+    num_tokens, piece = x.shape[1], 512
+    parts = []
+    for start in range(0, num_tokens, piece):
+        before = min(start, terms)
+        part = x[:, start - before : start + piece]
+        parts.append(similarity(part, anchors(part, decay, terms))[:, before:])
+    joined: NDArray[np.float32] = torch.cat(parts, 1).numpy()
+    return joined

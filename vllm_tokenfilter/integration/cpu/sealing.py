@@ -1,0 +1,165 @@
+"""Due seals: what a step left to do, and the one kernel call that does it before the next step's forward.
+
+The list of due seals is the previous step's metadata and nothing else, so aborts, preemption and reuse of blocks need
+no bookkeeping: sealing blocks that were just freed is harmless, because whoever gets them next writes after it.
+No maths here: arithmetic is in layout.py, scoring and moving in kernels/.
+
+Tensor parallelism splits the KV heads over ranks, and a token's redundancy is a mean over all of them. So each rank
+scores its heads, all get every head's scores (one small all-gather per seal and group), and each chooses from the same
+numbers in the same order: the choice is the same bits as without tensor parallelism.
+
+Source: vllm/distributed/parallel_state.py (`get_tp_group`), vllm/model_executor/models/llama.py (KV heads that are
+fewer than ranks are repeated on neighbouring ranks).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.distributed import get_tp_group
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
+from vllm_tokenfilter.kernels.cpu import seal as cpu
+from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layout import Layout
+
+
+@dataclass(frozen=True)
+class DueSeals:
+    """The rows of a step that have chunks to seal; arrays are host copies, one entry per such row.
+
+    Attributes:
+        rows: row indices in the step that made them due.
+        block_tables: int32 [num_due_rows, max_blocks].
+        num_tokens: int64, computed tokens once that step is done.
+        first_chunk: int64, first due chunk.
+        last_chunk: int64, one past the last due chunk.
+        own_chunk: int64, the first chunk the row seals itself; those before it came sealed from the prefix cache.
+    """
+
+    rows: list[int]
+    block_tables: NDArray[np.int32]
+    num_tokens: NDArray[np.int64]
+    first_chunk: NDArray[np.int64]
+    last_chunk: NDArray[np.int64]
+    own_chunk: NDArray[np.int64]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks due over all rows."""
+        return int((self.last_chunk - self.first_chunk).sum())
+
+
+@dataclass(frozen=True)
+class SealedChunks:
+    """What a seal chose.
+
+    Attributes:
+        layer_indices: the filtered layers, in the order of `kept`.
+        kept: int32 [num_filtered_layers, num_due_chunks, kept_per_chunk], offsets inside the chunk that stay.
+    """
+
+    layer_indices: list[int]
+    kept: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class FilteredCache:
+    """The filtered layers' cache and the scores kept between seals.
+
+    Attributes:
+        layer_indices: the filtered layers, in order.
+        paged: where their elements lie.
+        saved_redundancy: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for
+            the pool, memory only where a chunk waits to be sealed.
+        total_kv_heads: KV heads of the model, over all tensor-parallel ranks.
+    """
+
+    layer_indices: list[int]
+    paged: cpu.PagedCache
+    saved_redundancy: NDArray[np.float32]
+    total_kv_heads: int
+
+    @classmethod
+    def over(
+        cls, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, total_kv_heads: int
+    ) -> "FilteredCache":
+        """View the layers' caches; see `view_paged_cache`."""
+        paged = view_paged_cache(caches, isa)
+        saved = np.zeros((len(caches), paged.num_blocks * paged.block_size), np.float32)
+        return cls(layer_indices, paged, saved, total_kv_heads)
+
+
+def due_seals(
+    seq_lens: NDArray[np.int64],
+    num_computed: NDArray[np.int64],
+    shared_chunks: NDArray[np.int64],
+    block_tables: NDArray[np.int32],
+    block_size: int,
+    layout: Layout,
+) -> DueSeals | None:
+    """What a step makes due, or None.
+
+    Args:
+        seq_lens: [num_reqs], tokens once the step is done.
+        num_computed: [num_reqs], tokens before it.
+        shared_chunks: [num_reqs], chunks taken over sealed from the prefix cache.
+        block_tables: [num_reqs, max_blocks] without marks, copied where needed.
+        block_size: tokens per block.
+        layout: the layout's integers.
+    """
+    plan = plan_seals(num_computed, seq_lens, block_size, layout, shared_chunks)
+    if plan is None:
+        return None
+    rows = plan.rows
+    tables = block_tables[rows, : plan.num_blocks].copy()
+    return DueSeals(rows.tolist(), tables, plan.num_tokens, plan.first, plan.last, shared_chunks[rows])
+
+
+def seal(
+    due: DueSeals,
+    cache: FilteredCache,
+    layout: Layout,
+    config: FilterConfig,
+    carried: NDArray[np.int64] | None = None,
+) -> SealedChunks:
+    """Seal what is due in every filtered layer, in place.
+
+    Args:
+        due: what the step before made due.
+        cache: the filtered layers' cache, all of one layout.
+        layout: that layout.
+        config: how tokens are ranked.
+        carried: see `cpu.seal_chunks`.
+    """
+    kept = cpu.seal_chunks(
+        cache.paged,
+        cache.saved_redundancy,
+        due.block_tables,
+        due.num_tokens,
+        due.first_chunk,
+        due.last_chunk,
+        due.own_chunk,
+        layout,
+        cpu.ScoreRule.of(config),
+        np.array(cache.layer_indices, np.int64),
+        torch.get_num_threads(),
+        None if cache.paged.num_kv_heads == cache.total_kv_heads else functools.partial(_gather_heads, cache),
+        carried,
+    )
+    return SealedChunks(cache.layer_indices, kept)
+
+
+def _gather_heads(cache: FilteredCache, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Every head's scores, in the model's order, from this rank's [num_layers, num_chunks, 2, num_kv_heads, C]."""
+    group = get_tp_group()
+    num_layers, num_chunks, two, heads, size = scores.shape
+    everywhere = torch.empty(group.world_size, *scores.shape)
+    torch.distributed.all_gather(list(everywhere), torch.from_numpy(scores), group=group.cpu_group)
+    replicas = group.world_size * heads // cache.total_kv_heads
+    distinct = everywhere[::replicas].permute(1, 2, 3, 0, 4, 5)
+    return distinct.reshape(num_layers, num_chunks, two, cache.total_kv_heads, size).contiguous().numpy()

@@ -1,0 +1,208 @@
+"""Attention skipping on the CPU backend: the paper's own mechanism, layer by layer inside a step's forward.
+
+Made by the metadata builder for a set of layers of one layout. In each layer's forward, when the step's keys and
+values are in the cache: decide for every token, let vLLM's kernel attend for those that are not skipped, and put the
+substitute in place of the rest. A skipped row that decodes reads one entry of the cache instead of all; what attends
+for it otherwise is our own kernel. In a prefill row the same decisions change the output and save nothing.
+
+What a decision needs from the past is kept by physical slot (score and debt) or block (anchors, the mean of outputs),
+so that aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a block next writes
+before it reads. A seal carries it along with the raw tokens.
+
+Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
+from vllm_tokenfilter.integration.cpu.sealing import DueSeals
+from vllm_tokenfilter.kernels.cpu import skip
+from vllm_tokenfilter.kernels.cpu.seal import BFLOAT16, FLOAT32, PagedCache
+from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
+
+#: How the kernels read and write a tensor; of other dtypes they get copies.
+_ENCODINGS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+
+
+class SkippingLayers:
+    """The layers of one layout that skip, with what is kept of their raw tokens."""
+
+    def __init__(
+        self, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, config: FilterConfig, num_layers: int
+    ) -> None:
+        """Allocate address space for the pool; memory is used only where tokens are.
+
+        Args:
+            layer_indices: all layers of the layout; those with a ratio of 0 do not skip.
+            caches: their KV caches, as in `view_paged_cache`.
+            isa: the instruction-set name of the layers' CPU kernels.
+            config: our settings.
+            num_layers: layers of the model.
+        """
+        self.rule, self.substitute = skip.SkipRule.of(config), config.attention_skipping.substitute
+        self.paged: PagedCache = view_paged_cache(caches, isa)
+        units = config.skip_units(num_layers)
+        self.units = {index: units[index] for index in layer_indices}
+        self.places = {index: place for place, index in enumerate(layer_indices)}
+        self.kept = np.zeros((len(caches), self.paged.num_blocks * self.paged.block_size), np.int64)
+        self.anchors = np.zeros((len(caches), self.paged.num_blocks, self.paged.anchor_width), np.float32)
+        self._means: NDArray[np.float32] | None = None
+
+    def means(self, width: int) -> NDArray[np.float32]:
+        """Means of outputs, float32 [num_layers, num_blocks, width + 1]; made when the first layer needs them."""
+        if self._means is None:
+            self._means = np.zeros((len(self.places), self.paged.num_blocks, width + 1), np.float32)
+        return self._means
+
+    def follow(self, due: DueSeals, layout: Layout) -> None:
+        """Let what is kept by block follow the newest tokens of the rows that were just sealed."""
+        rows, size = np.arange(len(due.rows)), self.paged.block_size
+        newest = due.num_tokens - 1 - due.first_chunk * layout.removed_per_chunk
+        moved = newest - (due.last_chunk - due.first_chunk) * layout.removed_per_chunk
+        target, source = (due.block_tables[rows, slots // size] for slots in (moved, newest))
+        for kept in (self.anchors, self._means):
+            if kept is not None:
+                kept[:, target] = kept[:, source]
+
+
+@dataclass
+class SkipStep:
+    """One step of the layers of one layout.
+
+    Attributes:
+        layers: the layers.
+        step: the same for the kernels.
+        lengths: `step.lengths` as vLLM's kernel takes them.
+        warm: tokens of the step behind the warm-up.
+        metadata_for: stock metadata of the step with other `seq_lens`; may be the same object in every layer.
+        counters: of the group.
+    """
+
+    layers: SkippingLayers
+    step: skip.Step
+    lengths: torch.Tensor
+    warm: int
+    metadata_for: Callable[[torch.Tensor], Any]
+    counters: StepCounters
+
+    @classmethod
+    def of(
+        cls,
+        layers: SkippingLayers,
+        block_tables: NDArray[np.int32],
+        num_computed: NDArray[np.int64],
+        query_lens: NDArray[np.int64],
+        shared: NDArray[np.int64],
+        layout: Layout | None,
+        metadata_for: Callable[[torch.Tensor], Any],
+        counters: StepCounters,
+    ) -> "SkipStep":
+        """Describe a step.
+
+        Args:
+            layers: the layers.
+            block_tables: int32 [num_rows, max_blocks] without marks.
+            num_computed: [num_rows], tokens before the step.
+            query_lens: [num_rows], tokens of the step.
+            shared: [num_rows], chunks taken over sealed from the prefix cache.
+            layout: where the layers' tokens lie; None if they keep every token.
+            metadata_for: see above.
+            counters: of the group.
+        """
+        if layout is None:
+            removed = raw = np.zeros_like(num_computed)
+        else:
+            removed = removed_tokens(num_computed, layout, shared)
+            raw = sealed_chunks(num_computed, layout, shared) * layout.kept_per_chunk
+        starts = np.zeros(len(query_lens) + 1, np.int64)
+        np.cumsum(query_lens, out=starts[1:])
+        slots = num_computed - removed
+        rows = skip.SkipRows(
+            block_tables=np.ascontiguousarray(block_tables),
+            starts=starts,
+            slots=slots,
+            raw=raw,
+            positions=num_computed,
+        )
+        # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
+        windowed = layers.substitute == "window"
+        near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
+        cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
+        whole = (slots + query_lens).astype(np.int32)
+        step = skip.Step(
+            layers.paged, layers.rule, rows, layers.kept, layers.anchors, torch.get_num_threads(), whole, near
+        )
+        warm = int((query_lens - cold).sum())
+        return cls(layers, step, torch.from_numpy(step.lengths), warm, metadata_for, counters)
+
+    def forward(
+        self,
+        index: int,
+        attend: Callable[[Any], Any],
+        metadata: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Attend in one layer, into `output`.
+
+        Args:
+            index: the layer's.
+            attend: runs vLLM's kernel with the metadata it is given.
+            metadata: the step's, as vLLM's kernel takes it when nothing is skipped.
+            query: [num_tokens, num_heads, head_size], perhaps padded.
+            output: like query, or flat; written.
+            scale: of the scores.
+            softcap: of the scores; 0 for none.
+        """
+        # Called in every layer of a decode step, which finds the interpreter's caches full of keys and values: every
+        # line here costs several times what it costs elsewhere.
+        place, step = self.layers.places[index], self.step
+        skip.decide_skips(step, place, self.layers.units[index])
+        num_skipped, num_idle, num_read = step.totals.tolist()
+        attend(self.metadata_for(self.lengths) if num_idle else metadata)
+        self._count(num_skipped, num_read)
+        substitute = self.layers.substitute
+        if substitute == "running_output":
+            self._average_outputs(place, output)
+        elif num_skipped and substitute == "none":
+            assert output.is_contiguous()
+            skip.clear_skipped(step, output.data_ptr(), output.stride(0) * output.element_size())
+        elif num_skipped:
+            self._attend_window(place, query, output, scale, softcap)
+
+    def _attend_window(
+        self, place: int, query: torch.Tensor, output: torch.Tensor, scale: float, softcap: float
+    ) -> None:
+        paged = self.layers.paged
+        if (encoding := _ENCODINGS.get(output.dtype)) is None:
+            whole = output.float()
+            self._attend_window(place, query.float(), whole, scale, softcap)
+            output.copy_(whole)
+            return
+        assert output.is_contiguous() and query.stride(1) == query.shape[2] == len(paged.key_dims)
+        group = query.shape[1] // paged.num_kv_heads
+        addresses = query.data_ptr(), query.stride(0), output.data_ptr(), output.stride(0)
+        skip.attend_window(self.step, place, group, scale, softcap, *addresses, encoding)
+
+    def _average_outputs(self, place: int, output: torch.Tensor) -> None:
+        count, width = len(self.step.skipped), output[0].numel()
+        flat = output.view(len(output), width)[:count]
+        outputs = flat.float().contiguous()
+        skip.average_outputs(self.step, self.layers.means(width)[place], outputs.numpy())
+        mask = torch.from_numpy(self.step.skipped).view(torch.bool)[:, None]
+        torch.where(mask, outputs.to(flat.dtype), flat, out=flat)
+
+    def _count(self, num_skipped: int, num_read: int) -> None:
+        self.counters.attentions_decided += self.warm
+        self.counters.attentions_skipped += num_skipped
+        self.counters.reads_done += num_read

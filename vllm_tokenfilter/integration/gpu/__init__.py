@@ -1,0 +1,1 @@
+"""Token Filtering over vLLM's GPU attention backends."""

@@ -1,0 +1,1 @@
+"""The GPU kernels in Triton, and beside them what they are handed."""

@@ -1,0 +1,1 @@
+"""Which layers of a model recall, found once per model."""
