@@ -23,7 +23,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
-from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec, shared_chunks_of
+from vllm_tokenfilter.integration.cpu.block_tables import shared_chunks_of
+from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks, stored_tokens
 
 BLOCK, STEP, LONGEST = 4, 16, 96

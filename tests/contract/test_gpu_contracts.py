@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
 from vllm_tokenfilter.config import FilterConfig  # noqa: E402
-from vllm_tokenfilter.integration import gpu_dispatch, refusals, registration  # noqa: E402
+from vllm_tokenfilter.integration import dispatch, refusals, registration  # noqa: E402
 from vllm_tokenfilter.integration.gpu import backend as gpu_backend  # noqa: E402
 from vllm_tokenfilter.integration.gpu import skipping as gpu_skipping  # noqa: E402
 from vllm_tokenfilter.integration.gpu import steps as gpu_step  # noqa: E402
@@ -123,7 +123,7 @@ def test_vllm_validates_a_selected_backend_and_then_asks_for_its_path():
 
     known = set(inspect.signature(AttentionBackend.validate_configuration).parameters)
     assert set(AttentionSelectorConfig._fields) | {"device_capability"} == known, (
-        "integration/gpu_dispatch.py hands what it is asked on to vLLM's own choice"
+        "integration/dispatch.py hands what it is asked on to vLLM's own choice"
     )
     text = source("platforms", "cuda.py")
     body = text[text.index("def get_attn_backend_cls") :][:1400]
@@ -142,9 +142,9 @@ def test_inner_backend_auto_stands_for_what_vllm_would_choose(monkeypatch):
 
     monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(choose))
     layer = dict.fromkeys(AttentionSelectorConfig._fields, False) | {"head_size": 64}
-    reasons = gpu_dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+    reasons = dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
     assert reasons == [] and asked["selected"] is None and asked["config"].head_size == 64
-    assert gpu_dispatch.AutoBackend.full_cls_name() == ("vllm_tokenfilter.integration.gpu_dispatch", "OVER_TRITON_ATTN")
+    assert dispatch.AutoBackend.full_cls_name() == ("vllm_tokenfilter.integration.dispatch", "OVER_TRITON_ATTN")
 
 
 def test_inner_backend_auto_says_so_where_vllms_choice_cannot_be_filtered(monkeypatch):
@@ -153,13 +153,13 @@ def test_inner_backend_auto_says_so_where_vllms_choice_cannot_be_filtered(monkey
     path = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
     monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(lambda *args, **kwargs: path))
     layer = dict.fromkeys(AttentionSelectorConfig._fields, False)
-    (reason,) = gpu_dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+    (reason,) = dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
     assert "FLEX_ATTENTION" in reason and "TRITON_ATTN" in reason
 
 
 def test_the_registered_path_leads_to_the_dispatch():
     module, _, name = registration.BACKEND_PATH.rpartition(".")
-    assert (module, name) == (gpu_dispatch.__name__, "SELECTED_BACKEND")
+    assert (module, name) == (dispatch.__name__, "SELECTED_BACKEND")
 
 
 def test_the_kv_cache_is_packed_as_the_kernels_read_it():

@@ -121,11 +121,11 @@ def test_registering_twice_is_harmless_and_never_raises(monkeypatch):
 def test_an_engine_that_does_not_select_us_gets_vllms_own_class():
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_tokenfilter.integration import cpu_dispatch
+    from vllm_tokenfilter.integration import dispatch
 
     plugin.register()
     with set_current_vllm_config(VllmConfig()):
-        assert cpu_dispatch.SELECTED_BACKEND is cpu_attn.CPUAttentionBackend
+        assert dispatch.CPU_BACKEND is cpu_attn.CPUAttentionBackend
 
 
 def test_engine_arguments_have_the_fields_we_read():
@@ -150,7 +150,7 @@ def test_the_kv_cache_manager_is_asked_as_ours_answers():
     from vllm.v1.core import kv_cache_coordinator, kv_cache_manager
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 
-    from vllm_tokenfilter.integration.kv_cache import FilteredAttentionManager
+    from vllm_tokenfilter.integration.kv_cache_manager import FilteredAttentionManager
 
     for name in (
         "get_num_blocks_to_allocate",
@@ -160,7 +160,7 @@ def test_the_kv_cache_manager_is_asked_as_ours_answers():
         "pop_blocks_for_free",
     ):
         theirs, own = getattr(SingleTypeKVCacheManager, name), getattr(FilteredAttentionManager, name)
-        assert parameters(theirs) == parameters(own), f"integration/kv_cache.py overrides {name}"
+        assert parameters(theirs) == parameters(own), f"integration/kv_cache_manager.py overrides {name}"
     source = inspect.getsource(kv_cache_manager.KVCacheManager.allocate_slots)
     asked = source.rindex("get_num_blocks_to_allocate(")
     assert asked < source.index("coordinator.allocate_new_blocks("), "a step's need is noted when its size is asked for"
@@ -172,7 +172,7 @@ def test_a_preempted_request_gives_its_blocks_back_before_its_length_is_forgotte
 
     source = inspect.getsource(Scheduler._preempt_request)
     assert source.index("_free_request_blocks(request)") < source.index("request.num_computed_tokens = 0"), (
-        "integration/kv_cache.py caches what the last step sealed when blocks are given back"
+        "integration/kv_cache_manager.py caches what the last step sealed when blocks are given back"
     )
 
 
@@ -181,7 +181,8 @@ def test_layers_of_other_specs_form_groups_of_their_own():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from vllm_tokenfilter.integration.kv_cache import FilteredAttentionManager, FilteredAttentionSpec
+    from vllm_tokenfilter.integration.kv_cache_manager import FilteredAttentionManager
+    from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
     from vllm_tokenfilter.layout import Layout
 
     shape = {"block_size": 32, "num_kv_heads": 3, "head_size": 64, "dtype": torch.bfloat16}

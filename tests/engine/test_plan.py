@@ -62,7 +62,7 @@ def test_the_plan_is_what_vllms_own_sizing_gives(started, monkeypatch, model, co
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-    from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec
+    from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 
     vllm_config = started.llm_engine.vllm_config
     monkeypatch.setattr(vllm_config.model_config, "max_model_len", context)

@@ -8,7 +8,7 @@ import random
 import sys
 import time
 
-from vllm_tokenfilter.integration.status import WorkerStatus
+from vllm_tokenfilter.integration.worker import WorkerStatus
 
 
 class RecordingWorker(WorkerStatus):

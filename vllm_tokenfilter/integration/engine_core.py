@@ -27,7 +27,8 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCore
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.integration import refusals
-from vllm_tokenfilter.integration.kv_cache import FilteredAttentionManager, FilteredAttentionSpec
+from vllm_tokenfilter.integration.kv_cache_manager import FilteredAttentionManager
+from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 from vllm_tokenfilter.integration.status import merge_workers
 from vllm_tokenfilter.layout import Layout, peak_slots, shares_prefixes
 

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import DenseReason
-from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec
+from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 from vllm_tokenfilter.layout import Layout
 
 

@@ -1,8 +1,8 @@
 """The backend's names in vLLM's registry, and which class they stand for.
 
 Runs at process start, before any configuration is read. Afterwards `--attention-backend TOKEN_FILTERING` and, if no
-other plugin claims it, `CUSTOM` name our backend: on a GPU through `gpu_dispatch`, which wraps one of vLLM's. On CPU
-vLLM ignores the selected name and asks for CPU_ATTN, so that name is routed through `cpu_dispatch`, which hands out the
+other plugin claims it, `CUSTOM` name our backend: on a GPU through `dispatch`, which wraps one of vLLM's. On CPU
+vLLM ignores the selected name and asks for CPU_ATTN, so that name is routed through `dispatch` too, which hands out the
 stock class unless ours was selected.
 
 Source: vllm/v1/attention/backends/registry.py, vllm/platforms/cpu.py (`get_attn_backend_cls`).
@@ -14,8 +14,8 @@ from typing import Any
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 BACKEND_NAME = "TOKEN_FILTERING"
-BACKEND_PATH = "vllm_tokenfilter.integration.gpu_dispatch.SELECTED_BACKEND"
-_CPU_DISPATCH_PATH = "vllm_tokenfilter.integration.cpu_dispatch.SELECTED_BACKEND"
+BACKEND_PATH = "vllm_tokenfilter.integration.dispatch.SELECTED_BACKEND"
+_CPU_PATH = "vllm_tokenfilter.integration.dispatch.CPU_BACKEND"
 
 
 def register_names() -> AttentionBackendEnum:
@@ -30,7 +30,7 @@ def register_names() -> AttentionBackendEnum:
     if not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     if not AttentionBackendEnum.CPU_ATTN.is_overridden():
-        register_backend(AttentionBackendEnum.CPU_ATTN, _CPU_DISPATCH_PATH)
+        register_backend(AttentionBackendEnum.CPU_ATTN, _CPU_PATH)
     return member
 
 

@@ -1,9 +1,7 @@
-"""What a worker answers to `collective_rpc("token_filtering_status")`, and the blocks it logs at start and shutdown.
+"""What is told of the filter: the status of groups, workers and engines, and the blocks logged at start and shutdown.
 
 Statuses are merged three times: of one worker's KV-cache groups (`merge`), of one engine's workers (`merge_workers`),
 and of data-parallel engines (`merge_engines`).
-
-Source: vllm/v1/worker/worker_base.py (`init_worker`, worker extension classes).
 """
 
 from collections import Counter
@@ -19,37 +17,6 @@ from vllm_tokenfilter.layout import peak_slots
 _TOKENS = ("tokens_seen", "tokens_sealed", "tokens_pruned")
 _SUMMED_OVER_WORKERS = ("seals", "seal_seconds")
 _SUMMED_OVER_GROUPS = ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done")
-
-
-class WorkerStatus:
-    """Added to vLLM's worker class, so that one call reads every worker's counters."""
-
-    def token_filtering_status(self) -> dict[str, Any]:
-        """Settings in force and totals since start, of this worker.
-
-        Returns:
-            Keys backend, layers_filtered (indices), layers_dense (reason -> indices), layers_skipping (indices),
-            layers_unskipped (reason -> indices), layer_table (see `layer_table`), the settings, effective_ratio, and
-            the totals of `StepCounters`: tokens and rows of a KV-cache group that holds filtered layers, since each
-            such group sees the same ones; what was sealed and pruned as a mean over the filtered layers; seals, skipped
-            attentions and cache entries summed over the groups. `groups` has the tokens and the ratio of each.
-        """
-        return merge([builder.status() for builder in self._token_filtering_builders()])
-
-    def token_filtering_use(self, settings: dict[str, Any]) -> None:
-        """Filter by these settings from now on; only while no request is running (see `engine_core.py`)."""
-        config = FilterConfig.parse(settings)
-        for builder in self._token_filtering_builders():
-            builder.use(config)
-
-    def _token_filtering_builders(self) -> list[Any]:
-        from vllm_tokenfilter.integration.cpu.backend import TokenFilteringMetadataBuilder
-        from vllm_tokenfilter.integration.gpu.backend import FilteringBuilder
-
-        ours = (TokenFilteringMetadataBuilder, FilteringBuilder)
-        runner: Any = self.model_runner  # type: ignore[attr-defined]
-        builders = [builder for groups in runner.attn_groups for group in groups for builder in group.metadata_builders]
-        return [builder for builder in builders if isinstance(builder, ours)]
 
 
 def describe(
@@ -114,7 +81,7 @@ def effective_ratio(config: FilterConfig, num_layers: int) -> float:
 
 
 def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several groups' statuses as one; see `WorkerStatus.token_filtering_status`."""
+    """Several groups' statuses as one; see `worker.WorkerStatus`."""
     if not statuses:
         return {}
     active = [status for status in statuses if status["layers_filtered"]] or statuses

@@ -23,7 +23,7 @@ from vllm_tokenfilter.layout import Layout
 
 logger = init_logger("vllm.tokenfilter")
 
-WORKER_EXTENSION = "vllm_tokenfilter.integration.status.WorkerStatus"
+WORKER_EXTENSION = "vllm_tokenfilter.integration.worker.WorkerStatus"
 #: The smallest blocks vLLM's CPU kernels take (its default is 128), and its default on GPUs.
 CPU_BLOCK_SIZE = 32
 GPU_BLOCK_SIZE = 16

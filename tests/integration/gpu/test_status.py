@@ -18,6 +18,7 @@ from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu import backend as gpu_backend
 from vllm_tokenfilter.integration.gpu import clock as gpu_clock
 from vllm_tokenfilter.integration.gpu.backend import FilteringBuilder
+from vllm_tokenfilter.integration.worker import WorkerStatus
 
 
 class Passed:
@@ -61,7 +62,7 @@ def answer(monkeypatch):
         pass
     reasons = {"configured_dense": [1], "sliding_window_layer": [3]}
     dense = builder("TRITON_ATTN", [], reasons, StepCounters(tokens_seen=400), monkeypatch)
-    worker = status.WorkerStatus()
+    worker = WorkerStatus()
     groups = [[SimpleNamespace(metadata_builders=[filtered])], [SimpleNamespace(metadata_builders=[dense])]]
     worker.model_runner = SimpleNamespace(attn_groups=groups)
     return worker.token_filtering_status()

@@ -46,8 +46,9 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, status
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.cpu import sealing
+from vllm_tokenfilter.integration.cpu.block_tables import point_new_tokens_at, shared_chunks_of, without_marks
 from vllm_tokenfilter.integration.cpu.skipping import SkippingLayers, SkipStep
-from vllm_tokenfilter.integration.kv_cache import FilteredAttentionSpec, shared_chunks_of
+from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
 from vllm_tokenfilter.integration.lifecycle import SortingImpl, log_totals_at_end
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
@@ -223,7 +224,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             load_kernel()  # now, so that no request waits for the compiler
 
     def status(self) -> dict[str, Any]:
-        """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
+        """Settings in force and totals of this group; see `worker.WorkerStatus`."""
         skipping = sorted(index for part in self.parts for index in part.skipping_layers)
         return status.describe(
             self.config,
@@ -272,7 +273,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             )
             if removed.any():
                 stored = step.seq_lens - removed
-                self._rewrite_slots(common, step.query_lens, step.num_computed - removed)
+                first_slots = step.num_computed - removed
+                point_new_tokens_at(first_slots, step.query_lens, tables, self.block_size, common.slot_mapping)
                 common = common.replace(
                     seq_lens=torch.from_numpy(stored.astype(np.int32)).to(common.seq_lens.dtype),
                     max_seq_len=int(stored.max()),
@@ -332,30 +334,10 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             return np.zeros_like(num_computed), common
         tables = common.block_table_tensor.numpy()
         shared = shared_chunks_of(tables, num_computed, self.block_size, layout)
-        rows = np.flatnonzero(shared)
-        if not len(rows):
+        if not shared.any():
             return shared, common
-        tables = tables.copy()  # the original is the runner's, and lives on
-        for row, mark in zip(rows, shared[rows] * layout.kept_per_chunk // self.block_size, strict=True):
-            tables[row, mark:-1] = tables[row, mark + 1 :]
+        tables = without_marks(tables, shared, self.block_size, layout)
         return shared, common.replace(block_table_tensor=torch.from_numpy(tables))
-
-    def _rewrite_slots(
-        self, common: CommonAttentionMetadata, query_lens: NDArray[np.int64], first_slots: NDArray[np.int64]
-    ) -> None:
-        """Point the step's new tokens at the slots behind what is stored, in place: the forward holds the same tensor.
-
-        Args:
-            common: the step.
-            query_lens: [num_reqs].
-            first_slots: [num_reqs], the slot of each row's first new token.
-        """
-        rows = np.repeat(np.arange(len(query_lens)), query_lens)
-        starts = np.cumsum(query_lens) - query_lens
-        slots = np.arange(len(rows)) - starts[rows] + first_slots[rows]
-        blocks = common.block_table_tensor.numpy()[rows, slots // self.block_size].astype(np.int64)
-        physical = blocks * self.block_size + slots % self.block_size
-        common.slot_mapping[: len(rows)] = torch.from_numpy(physical)
 
     def _count(self, part: _Part, step: "_Step", removed: NDArray[np.int64]) -> None:
         decoding = step.query_lens == 1

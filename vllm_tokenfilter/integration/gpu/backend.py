@@ -128,7 +128,7 @@ class FilteringBuilder:
         )
 
     def status(self) -> dict[str, Any]:
-        """Settings in force and totals of this group; see `WorkerStatus.token_filtering_status`."""
+        """Settings in force and totals of this group; see `worker.WorkerStatus`."""
         self._settle()
         mode = self._vllm_config.compilation_config.cudagraph_mode
         return {
@@ -194,7 +194,7 @@ class FilteringBuilder:
 
 @functools.cache
 def backend_over(name: str) -> type[AttentionBackend]:
-    """The backend TOKEN_FILTERING over one of vLLM's; `gpu_dispatch.OVER_<name>` is where vLLM finds it again."""
+    """The backend TOKEN_FILTERING over one of vLLM's; `dispatch.OVER_<name>` is where vLLM finds it again."""
     inner = AttentionBackendEnum[name].get_class()
     attributes = {"inner_name": name, "__module__": __name__}
     builder = type(f"FilteringBuilderOver{name}", (FilteringBuilder, inner.get_builder_cls()), dict(attributes))
@@ -203,7 +203,7 @@ def backend_over(name: str) -> type[AttentionBackend]:
         f"OVER_{name}",
         (inner,),
         {
-            "__module__": "vllm_tokenfilter.integration.gpu_dispatch",
+            "__module__": "vllm_tokenfilter.integration.dispatch",
             "__doc__": f"{name} that reads, for each request, only the tokens its layers still store.",
             "get_builder_cls": staticmethod(lambda: builder),
             "get_impl_cls": staticmethod(lambda: impl),

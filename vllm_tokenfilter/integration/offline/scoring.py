@@ -84,7 +84,7 @@ class ScoringEngine:
             builder.use(config)
 
     def status(self) -> dict[str, Any]:
-        """Settings in force and totals since start; see `WorkerStatus.token_filtering_status`."""
+        """Settings in force and totals since start; see `worker.WorkerStatus`."""
         return merge([builder.status() for builder in self.builders()])
 
     def feed(self, sequences: Iterable[list[int]], step_tokens: int, consumer: Consumer) -> None:

@@ -3,7 +3,7 @@
 One launch per step and KV-cache group, a program per request. It is the device's form of layout.py: tests hold the two
 together. Everything it writes lies in buffers that stay where they are, because CUDA graphs read them.
 
-Source: docs/layout.md; integration/kv_cache.py (`shared_chunks_of`: how a row tells what it took over sealed).
+Source: docs/layout.md; integration/cpu/block_tables.py (`shared_chunks_of`: how a row tells what it took over sealed).
 """
 
 import triton

@@ -1,9 +1,12 @@
-"""What TOKEN_FILTERING stands for where vLLM looks a selected backend up: on NVIDIA, a wrapper of one of vLLM's own.
+"""Which class a registered name stands for: `SELECTED_BACKEND` for ours, `CPU_BACKEND` for vLLM's CPU_ATTN.
 
-A module of its own because vLLM resolves a backend by importing a path and taking an attribute of it:
-`SELECTED_BACKEND` is computed at that moment, from the configuration in force; `OVER_<name>` is what it leads to.
+A module of its own because vLLM resolves a backend by importing a path and taking an attribute of it, every time a
+layer with a new configuration is built: the attribute is computed at that moment, from the configuration in force, so
+that an engine that does not select us gets vLLM's own class, not a lookalike. `OVER_<name>` is what `SELECTED_BACKEND`
+leads to on NVIDIA. Raises before any weights load what cannot be served.
 
-Source: vllm/v1/attention/backends/registry.py (`get_class`), vllm/platforms/cuda.py (`get_attn_backend_cls`).
+Source: vllm/v1/attention/selector.py (`_cached_get_attn_backend`), vllm/v1/attention/backends/registry.py
+(`get_class`), vllm/platforms/cuda.py (`get_attn_backend_cls`).
 """
 
 from typing import Any
@@ -14,7 +17,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_tokenfilter.integration import refusals
+from vllm_tokenfilter.integration import refusals, registration
 
 _OVER = "OVER_"
 
@@ -57,12 +60,28 @@ class AutoBackend(AttentionBackend):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "CPU_BACKEND":
+        return _cpu_backend()
+    if name == "SELECTED_BACKEND":
+        return _selected_backend()
     if name.startswith(_OVER):
         from vllm_tokenfilter.integration.gpu.backend import backend_over
 
         return backend_over(name.removeprefix(_OVER))
-    if name != "SELECTED_BACKEND":
-        raise AttributeError(name)
+    raise AttributeError(name)
+
+
+def _cpu_backend() -> type[AttentionBackend]:
+    """What the CPU platform uses, whatever was selected."""
+    if registration.is_ours(get_current_vllm_config().attention_config.backend):
+        return _selected_backend()
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    return CPUAttentionBackend
+
+
+def _selected_backend() -> type[AttentionBackend]:
+    """Ours, for the platform at hand."""
     config = refusals.require_supported(get_current_vllm_config())
     if current_platform.is_cpu():
         from vllm_tokenfilter.integration.cpu.backend import TokenFilteringBackend

@@ -1,4 +1,4 @@
-"""How many blocks a filtered layer asks for, and which of them requests share: our KV-cache spec and its manager.
+"""How many blocks a request holds in filtered layers, and which of them requests share: the KV-cache manager.
 
 vLLM's scheduler asks a manager per KV-cache group; ours answers from the layout, which is a pure function of the
 length, so nothing in the scheduler is patched: admission, preemption, start-up sizing and the reported capacity follow.
@@ -11,31 +11,25 @@ block table is
     m chunks' sealed blocks | the null block | its own blocks: raw tokens, sealed in place later
 
 The null block is a mark for the worker, which can read `m` off the row and needs no other word from the scheduler (see
-`shared_chunks_of`); it holds no tokens and is taken out before attention sees the row. At least the recent window is
+`cpu/block_tables.py`); it holds no tokens and is taken out before attention sees the row. At least the recent window is
 computed anew, so the newest tokens are raw again.
 
 **When a chunk is cached.** A step's due seals run before the next step's forward. When step s is scheduled, the chunks
 that were due before it are therefore sealed before any request of step s reads them: those, and no later ones, are
-cached then. What a request's last step made due is sealed before the next step too, and is cached when the request
-leaves.
+cached then. What a request's last step made due is sealed before the next step too, and cached when the request leaves.
 
 Source: vllm/v1/core/single_type_kv_cache_manager.py, vllm/v1/core/kv_cache_coordinator.py, vllm/v1/core/block_pool.py,
 vllm/v1/kv_cache_interface.py; docs/memory.md.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager, register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_tokenfilter.layout import Layout, peak_slots, sealed_chunks, shares_prefixes, stored_tokens
@@ -45,61 +39,6 @@ from vllm_tokenfilter.layout import Layout, peak_slots, sealed_chunks, shares_pr
 _PLACE_STRIDE = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class FilteredAttentionSpec(AttentionSpec):
-    """The cache of a filtered layer; layers of one layout form a KV-cache group of their own.
-
-    No `FullAttentionSpec`: vLLM shortens what such a group found in the prefix cache by itself, counting a block as
-    `block_size` tokens.
-
-    Attributes:
-        layout: where the layer's tokens lie.
-        max_step_tokens: the most tokens of a request that one step computes.
-    """
-
-    layout: Layout
-    max_step_tokens: int
-
-    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes of one request of the longest allowed length, at its peak."""
-        slots = peak_slots(vllm_config.model_config.max_model_len, self.max_step_tokens, self.layout)
-        return cdiv(slots, self.block_size) * self.page_size_bytes
-
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        """Whether one block table serves all these layers: those of one layout."""
-        return all(
-            isinstance(spec, FilteredAttentionSpec)
-            and (spec.layout, spec.max_step_tokens) == (self.layout, self.max_step_tokens)
-            for spec in kv_cache_specs.values()
-        )
-
-
-def shared_chunks_of(
-    block_tables: NDArray[np.int32], num_computed: NDArray[np.int64], block_size: int, layout: Layout
-) -> NDArray[np.int64]:
-    """Chunks each row took over from the prefix cache, read off the null block behind them.
-
-    No other row looks like that: its first null entry, if it has one, lies behind the slots it uses, and a mark there
-    would stand for more tokens than it has computed.
-
-    Args:
-        block_tables: [num_rows, max_blocks]; what lies behind a row's own blocks is arbitrary.
-        num_computed: [num_rows], tokens computed before the step.
-        block_size: tokens per block.
-        layout: a layout that `shares_prefixes`.
-
-    Returns:
-        int64 [num_rows], 0 where nothing was taken over.
-    """
-    blocks_per_chunk = layout.kept_per_chunk // block_size
-    most = int(num_computed.max()) // layout.chunk_size
-    null = block_tables[:, : most * blocks_per_chunk + 1] == 0
-    first = null.argmax(1).astype(np.int64)
-    chunks = first // blocks_per_chunk
-    marked = (first % blocks_per_chunk == 0) & null.any(1) & (chunks * layout.chunk_size <= num_computed)
-    return np.where(marked, chunks, 0)
-
-
 class FilteredAttentionManager(SingleTypeKVCacheManager):
     """Gives a request the blocks that `stored_tokens` before a step and the step's own tokens need, and no more.
 
@@ -107,14 +46,14 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
     its own output.
 
     Attributes:
-        kv_cache_spec: a `FilteredAttentionSpec`.
+        kv_cache_spec: a `FilteredAttentionSpec`, whose module registers this class and so imports this one.
     """
 
-    kv_cache_spec: FilteredAttentionSpec
+    kv_cache_spec: Any
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        self.use(self.kv_cache_spec)
+        self.use(kv_cache_spec)
         # What the step that is being scheduled needs, between the question for its size and the allocation.
         self._blocks_needed: dict[str, int] = {}
         self._shared_chunks: dict[str, int] = {}
@@ -122,9 +61,11 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
         # Tokens of each request once its last scheduled step is done, for `block_usage`.
         self._num_tokens: dict[str, int] = {}
 
-    def use(self, kv_cache_spec: FilteredAttentionSpec) -> None:
+    def use(self, kv_cache_spec: Any) -> None:
         """Give blocks by this spec's layout from now on; only while no request holds blocks and nothing is cached."""
-        self.kv_cache_spec, self._layout = kv_cache_spec, kv_cache_spec.layout
+        self.kv_cache_spec = kv_cache_spec
+        self._layout: Layout = kv_cache_spec.layout
+        self._blocks_per_chunk = max(1, self._layout.kept_per_chunk // self.block_size)
         self._shares = self.enable_caching and shares_prefixes(self._layout, self.block_size)
 
     def block_usage(self) -> tuple[int, int]:
@@ -152,8 +93,8 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
         if apply_admission_cap:
             needed = cdiv(peak_slots(num_tokens, self.kv_cache_spec.max_step_tokens, self._layout), self.block_size)
         else:
-            shared = self._shared_chunks.get(request_id, len(taken_over) // self._blocks_per_chunk)
-            stored = stored_tokens(total_computed_tokens, self._layout, shared)
+            shared_chunks = self._shared_chunks.get(request_id, len(taken_over) // self._blocks_per_chunk)
+            stored = stored_tokens(total_computed_tokens, self._layout, shared_chunks)
             needed = cdiv(stored + num_tokens - total_computed_tokens, self.block_size)
             self._blocks_needed[request_id] = needed
             self._num_tokens[request_id] = num_tokens
@@ -194,12 +135,10 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See `SingleTypeKVCacheManager.pop_blocks_for_free`; what the last step made due is cached before."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
+        if (request := self._requests.pop(request_id, None)) is not None:
             self._cache_sealed(request)
-        self._shared_chunks.pop(request_id, None)
-        self._blocks_needed.pop(request_id, None)
-        self._num_tokens.pop(request_id, None)
+        for noted in (self._shared_chunks, self._blocks_needed, self._num_tokens):
+            noted.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -216,15 +155,13 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """See `SingleTypeKVCacheManager.find_longest_cache_hit`; a hit ends with the mark, ahead of the window."""
-        assert isinstance(kv_cache_spec, FilteredAttentionSpec)
-        layout, unit = kv_cache_spec.layout, block_pool.hash_block_size
+        layout: Layout = kv_cache_spec.layout  # type: ignore[attr-defined]
+        unit, num_chunks, limit = block_pool.hash_block_size, 0, 0
         found: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
-        if not shares_prefixes(layout, kv_cache_spec.block_size):
-            return found, 0
         places = range(layout.kept_per_chunk // kv_cache_spec.block_size)
-        # By the length of the whole request, and not by `max_length`, which the other groups shorten.
-        limit = min(max_length // layout.chunk_size, sealed_chunks(len(block_hashes) * unit, layout))
-        num_chunks = 0
+        if shares_prefixes(layout, kv_cache_spec.block_size):
+            # By the length of the whole request, and not by `max_length`, which the other groups shorten.
+            limit = min(max_length // layout.chunk_size, sealed_chunks(len(block_hashes) * unit, layout))
         while num_chunks < limit:
             chunk_hash = block_hashes[(num_chunks + 1) * layout.chunk_size // unit - 1]
             keys = [group + place * _PLACE_STRIDE for group in kv_cache_group_ids for place in places]
@@ -239,19 +176,14 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
                 group.append(block_pool.null_block)
         return found, num_chunks * layout.chunk_size
 
-    @property
-    def _blocks_per_chunk(self) -> int:
-        return max(1, self._layout.kept_per_chunk // self.block_size)
-
     def _num_held(self, request_id: str) -> int:
         """Blocks of the request, the mark not counted."""
         return len(self.req_to_blocks.get(request_id, ())) - (request_id in self._shared_chunks)
 
     def _cache_sealed(self, request: Request) -> None:
         name, layout = request.request_id, self._layout
-        shared = self._shared_chunks.get(name, 0)
         hashed = len(request.block_hashes) * self.block_pool.hash_block_size // layout.chunk_size
-        sealed = min(sealed_chunks(request.num_computed_tokens, layout, shared), hashed)
+        sealed = min(sealed_chunks(request.num_computed_tokens, layout, self._shared_chunks.get(name, 0)), hashed)
         done = self.num_cached_block.get(name, 0)
         if sealed > done:
             # The mark lies between the blocks taken over and the request's own.
@@ -266,8 +198,3 @@ class FilteredAttentionManager(SingleTypeKVCacheManager):
                     kv_cache_group_id=self.kv_cache_group_id + place * _PLACE_STRIDE,
                 )
         self.num_cached_block[name] = max(sealed, done)
-
-
-# Registering first would hide vLLM's own specs. Every process that unpickles a spec of ours imports this module.
-register_all_kvcache_specs(None)
-KVCacheSpecRegistry.register(FilteredAttentionSpec, FilteredAttentionManager)
