@@ -8,11 +8,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.layout import Layout
-from vllm_tokenfilter.schedule import Schedule, whole_tokens
+from vllm_tokenfilter.schedule import ListOf, Number, Schedule, whole_tokens
 
 #: The key of vLLM's `additional_config` that holds our settings, and our entry-point name.
 CONFIG_KEY = "token_filtering"
@@ -31,7 +31,7 @@ class AttentionSkipping(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    ratio: float = Field(
+    ratio: Number = Field(
         default=0.0,
         ge=0.0,
         lt=1.0,
@@ -66,18 +66,13 @@ class AttentionSkipping(BaseModel):
         json_schema_extra={"unit": "settings"},
     )
 
-    @field_validator("ratio", mode="before")
-    @classmethod
-    def _accept_zero(cls, value: object) -> object:
-        return float(value) if type(value) is int else value
-
 
 class FilterConfig(BaseModel):
     """Settings of Token Filtering; immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    pruning_ratio: float = Field(
+    pruning_ratio: Number = Field(
         default=0.5,
         ge=0.0,
         lt=1.0,
@@ -105,7 +100,7 @@ class FilterConfig(BaseModel):
         description="First tokens of the sequence that always stay; at most what a chunk keeps.",
         json_schema_extra={"unit": "tokens"},
     )
-    anchor_decay: float = Field(
+    anchor_decay: Number = Field(
         default=0.9,
         gt=0.0,
         lt=1.0,
@@ -131,7 +126,7 @@ class FilterConfig(BaseModel):
         default="anchor",
         description=(
             "How tokens are ranked: anchor is ours (key and value similarity to running anchors, see fusion); the "
-            "others are rival methods for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and recency "
+            "others are baselines for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and recency "
             "(StreamingLLM: sinks and newest tokens only)."
         ),
         json_schema_extra={"unit": "name"},
@@ -143,7 +138,7 @@ class FilterConfig(BaseModel):
         description="Seed of the selector random; without effect on the others.",
         json_schema_extra={"unit": "seed"},
     )
-    dense_layers: tuple[int, ...] = Field(
+    dense_layers: ListOf[int] = Field(
         default=(),
         description="Layers that keep every token, by index from 0.",
         json_schema_extra={"unit": "layer indices"},
@@ -172,20 +167,6 @@ class FilterConfig(BaseModel):
         ),
         json_schema_extra={"unit": "name"},
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_yaml_types(cls, data: Any) -> Any:
-        # YAML has lists, not tuples, and `pruning_ratio: 0` is an int: both say what is meant.
-        if not isinstance(data, Mapping):
-            return data
-        data = dict(data)
-        if isinstance(data.get("dense_layers"), list):
-            data["dense_layers"] = tuple(data["dense_layers"])
-        for key in ("pruning_ratio", "anchor_decay"):
-            if type(data.get(key)) is int:
-                data[key] = float(data[key])
-        return data
 
     @property
     def layout(self) -> Layout:
@@ -272,7 +253,7 @@ class FilterConfig(BaseModel):
                 "pruning_ratio or a larger chunk_size."
             )
         reasons.extend(
-            f"dense_layers contains {index}, which is no layer index; use indices from 0."
+            f"dense_layers contains {index}; a layer's index must be 0 or more."
             for index in self.dense_layers
             if index < 0
         )
@@ -299,7 +280,7 @@ class FilterConfig(BaseModel):
             settings = {}
         if not isinstance(settings, Mapping):
             raise ConfigError(
-                [f"{CONFIG_KEY}={settings!r} is no mapping; write settings such as pruning_ratio: 0.5 under it."]
+                [f"{CONFIG_KEY}={settings!r} must be a mapping; write settings such as pruning_ratio: 0.5 under it."]
             )
         try:
             config = cls.model_validate({str(key): value for key, value in settings.items()})
@@ -326,6 +307,6 @@ def _explain(detail: Mapping[str, Any]) -> str:
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
         remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}."
-        return f"{where}={detail['input']!r} is no setting; {remedy}"
+        return f"{where}={detail['input']!r} is not a setting; {remedy}"
     assert field is not None
     return f"{where}={detail['input']!r} is refused ({detail['msg']}); {name}: {field.description}"

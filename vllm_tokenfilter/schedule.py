@@ -3,9 +3,9 @@
 Source: docs/schedules.md. The paper (arXiv 2512.07090) prunes later layers only, which is the kind `tail` here.
 """
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from vllm_tokenfilter.errors import ConfigError
 
@@ -18,6 +18,13 @@ DEFAULT_TAIL_SHARE = 2 / 3
 STEEPEST = 0.9
 # What per-layer ratios may miss the mean by, so that they can be written with three decimals.
 _MEAN_TOLERANCE = 0.0015
+
+
+# YAML writes a whole number without a point, and has lists, not tuples: both say what is meant.
+AS_FLOAT = BeforeValidator(lambda value: float(value) if type(value) is int else value)
+Number = Annotated[float, AS_FLOAT]
+Item = TypeVar("Item")
+ListOf = Annotated[tuple[Item, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
 class Schedule(BaseModel):
@@ -34,31 +41,18 @@ class Schedule(BaseModel):
         ),
         json_schema_extra={"unit": "name"},
     )
-    share: float | None = Field(
+    share: Annotated[float | None, AS_FLOAT] = Field(
         default=None,
         gt=0.0,
         le=1.0,
         description="For tail: the share of the layers, counted from the last, that is pruned; 2/3 if not set.",
         json_schema_extra={"unit": "ratio"},
     )
-    ratios: tuple[float, ...] = Field(
+    ratios: ListOf[Number] = Field(
         default=(),
         description="For per_layer: the ratio of every layer, from the first to the last.",
         json_schema_extra={"unit": "ratios"},
     )
-
-    @field_validator("ratios", mode="before")
-    @classmethod
-    def _accept_yaml_list(cls, value: object) -> object:
-        # YAML has lists, not tuples, and `0` is an int.
-        if not isinstance(value, list | tuple):
-            return value
-        return tuple(float(item) if type(item) is int else item for item in value)
-
-    @field_validator("share", mode="before")
-    @classmethod
-    def _accept_one(cls, value: object) -> object:
-        return float(value) if type(value) is int else value
 
     def contradictions(self) -> list[str]:
         """What cannot hold whatever the model, a sentence each."""
@@ -70,7 +64,7 @@ class Schedule(BaseModel):
         if self.kind == "per_layer" and not self.ratios:
             reasons.append("schedule.kind=per_layer needs schedule.ratios; list the ratio of every layer.")
         reasons += [
-            f"schedule.ratios contains {ratio:g}, which is no ratio; use 0 or more, below 1."
+            f"schedule.ratios contains {ratio:g}; each must be 0 or more and below 1."
             for ratio in self.ratios
             if not 0 <= ratio < 1
         ]

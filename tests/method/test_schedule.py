@@ -81,8 +81,8 @@ def test_what_does_not_fit_the_model_is_refused_in_words(settings, num_layers, s
         ({"schedule": {"share": 0.5}}, "schedule.share=0.5 has no effect on kind=uniform"),
         ({"schedule": {"kind": "tail", "ratios": [0.5]}}, "schedule.ratios has no effect on kind=tail"),
         ({"schedule": {"kind": "per_layer"}}, "schedule.kind=per_layer needs schedule.ratios"),
-        ({"schedule": {"knd": "tail"}}, "schedule.knd='tail' is no setting; did you mean kind?"),
-        ({"attention_skipping": {"ratoi": 0.5}}, "attention_skipping.ratoi=0.5 is no setting; did you mean ratio?"),
+        ({"schedule": {"knd": "tail"}}, "schedule.knd='tail' is not a setting; did you mean kind?"),
+        ({"attention_skipping": {"ratoi": 0.5}}, "attention_skipping.ratoi=0.5 is not a setting; did you mean ratio?"),
         ({"attention_skipping": {"ratio": 1}}, "attention_skipping.ratio=1.0 is refused"),
         (
             {"attention_skipping": {"schedule": {"kind": "per_layer"}}},
