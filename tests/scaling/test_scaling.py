@@ -18,7 +18,6 @@ import pytest
 from tests.serving.running import (
     TINY_FLAGS,
     complete,
-    free_port,
     metrics_of,
     prompts_of,
     running,
@@ -28,7 +27,9 @@ from tests.serving.running import (
     totals_of,
 )
 from tests.tiny import tiny_model  # noqa: F401  (a fixture)
+from vllm_tokenfilter.bench.servers import free_port
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +45,7 @@ def measured(request):
     found = {}
     yield found
     if path := request.config.getoption("--scaling-json"):
-        Path(path).write_text(json.dumps({"provenance": provenance(), **found}, indent=1) + "\n")
+        write_result(Path(path), {"provenance": provenance(), **found})
 
 
 def generate(folder, model, prefix=(), env=None, **arguments):

@@ -2,20 +2,17 @@
 
 import asyncio
 import contextlib
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 
 import httpx
 
-from tests.serving.test_server import SERVE, wait_until_healthy
+from vllm_tokenfilter.bench.servers import SERVE as VLLM
+from vllm_tokenfilter.bench.servers import started
 
-PLAIN = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--attention-backend", "TOKEN_FILTERING"]
+SERVE = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "serve"]
+PLAIN = [*VLLM, "--attention-backend", "TOKEN_FILTERING"]
 TINY_FLAGS = [
     "--dtype",
     "float32",
@@ -27,32 +24,11 @@ TINY_FLAGS = [
 ]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextlib.contextmanager
 def running(command, *flags, env=None):
     """A healthy server at 127.0.0.1: its address, its process and its log."""
-    port = free_port()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), *flags],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})},
-        )
-        try:
-            wait_until_healthy(process, port, log)
-            yield f"http://127.0.0.1:{port}", process, log
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    with started("under test", flags, env or {}, command) as server:
+        yield server.url, server.process, server.log
 
 
 def serve(*flags, env=None):

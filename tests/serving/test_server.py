@@ -1,62 +1,21 @@
 """The server as a user starts it, through the openai client."""
 
-import contextlib
-import os
-import signal
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 
 import httpx
 import openai
 import pytest
 
-SERVE = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "serve"]
+from tests.serving.running import SERVE, serve
+
 MODEL = "SmolLM2-135M-Instruct"
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@contextlib.contextmanager
-def server(*flags):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The log goes to a file, because a pipe that nobody reads would stop the server when full.
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [*SERVE, "--port", str(port), *flags],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO"},
-        )
-        try:
-            wait_until_healthy(process, port, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def wait_until_healthy(process, port, log):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                return
-        time.sleep(0.5)
-    log.seek(0)
-    raise AssertionError("the server did not start: " + log.read()[-4000:])
 
 
 @pytest.fixture(scope="module")
 def url(model_path):
     # In bfloat16 the words depend on the processor's kernels: with AMX, stock vLLM itself does not say Paris.
-    with server("--pruning-ratio", "0.5", "--dtype", "float32") as url:
+    with serve("--pruning-ratio", "0.5", "--dtype", "float32") as (url, _, _):
         yield url
 
 
@@ -109,7 +68,7 @@ def test_vllms_own_metrics_are_served(url, client):
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0", "0.25", "0.75"])
 def test_every_ratio_says_paris(model_path, ratio):
-    with server("--pruning-ratio", ratio, "--dtype", "float32") as url:
+    with serve("--pruning-ratio", ratio, "--dtype", "float32") as (url, _, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         answer = client.chat.completions.create(model=MODEL, messages=PARIS, temperature=0, max_tokens=20)
         assert "Paris" in answer.choices[0].message.content

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -21,7 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_tokenfilter.errors import EvaluationError
 
 _START_TIMEOUT_S = 900.0
-_SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
+#: vLLM's own server, started without its `vllm` command, which the CPU package does not bear.
+SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 
 @dataclass
@@ -94,25 +95,33 @@ class Server:
         return found or {key: value for key, value in self.metrics().items() if key == "kv_cache_tokens"}
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
-def started(name: str, arguments: list[str], environment: dict[str, str]) -> Iterator[Server]:
-    """A vLLM server of our own on 127.0.0.1, stopped at the end.
+def started(
+    name: str, arguments: Sequence[str], environment: Mapping[str, str], command: Sequence[str] = SERVE
+) -> Iterator[Server]:
+    """A server of our own on 127.0.0.1, healthy, and stopped at the end.
 
     Args:
         name: how results call it.
-        arguments: of `python -m vllm.entrypoints.openai.api_server`.
+        arguments: follow the command, and the host and port that are chosen here.
         environment: added to this process's.
+        command: what starts it; answers /health once it is ready.
 
     Raises:
         EvaluationError: it does not become healthy; the end of its log is in the message.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The log goes to a file, because a pipe that nobody reads would stop the server when full.
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [*_SERVE, "--port", str(port), *arguments],
+            [*command, "--host", "127.0.0.1", "--port", str(port), *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
