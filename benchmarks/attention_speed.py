@@ -6,7 +6,6 @@ benchmarks/results/attention_speed.json.
 """
 
 import itertools
-import json
 import random
 import statistics
 import time
@@ -22,6 +21,7 @@ from rich.table import Table
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.layout import stored_tokens
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 
 OUT = Path(__file__).parent / "results" / "attention_speed.json"
 REQUESTS, LONG, SHORT, NEW_TOKENS = 8, 4000, 128, 96
@@ -147,7 +147,7 @@ def main(
         "samples": samples,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
     table = Table("ratio", "median", "least", "greatest")
     for name, values in result["summary"]["ratios"].items():
         table.add_row(name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest")))

@@ -3,7 +3,6 @@
 Stock vLLM and Token Filtering in one run. `make bench-capacity` writes benchmarks/results/capacity.json.
 """
 
-import json
 import random
 import statistics
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 from vllm_tokenfilter.local.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "capacity.json"
@@ -176,7 +176,7 @@ def main(
         "samples": samples,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
     table = Table("same KV cache", "requests of 8192 tokens", "to stock")
     for name, figures in reported.items():
         table.add_row(name, f"{figures['max_concurrency']:.2f}", f"{summary['ratios'][name]:.3f}")

@@ -8,7 +8,6 @@ Triton's interpreter on a CPU: its times mean nothing.
 """
 
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -35,6 +34,7 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.layout import stored_tokens
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 
 OUT = Path(__file__).parent / "results" / "gpu_attention.json"
 SHAPES = {"Llama-3-8B": Shape(32, 32, 8, 128), "Llama-2-13B": Shape(40, 40, 40, 128)}
@@ -282,7 +282,7 @@ def main(
     out = out or (None if interpret else OUT)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(out, result)
         console.print(f"Written: {out}")
 
 

@@ -20,6 +20,7 @@ from engines import EngineProcess, ours
 
 from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 
 RESULTS = Path(__file__).parent / "results"
 RATIO = 0.5
@@ -164,7 +165,7 @@ def main():
             "step_seconds_counting_and_without": [[[round(x, 6) for x in pair] for pair in one] for one in rounds],
         },
     }
-    options.json.write_text(json.dumps(result) + "\n")
+    write_result(options.json, result)
     print(json.dumps(values, indent=1))
 
 

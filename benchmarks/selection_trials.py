@@ -5,7 +5,6 @@ every setting. `make bench-selection` writes benchmarks/results/selection_trials
 ones too.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.evaluation.texts import load_text
 from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 from vllm_tokenfilter.local.settings_file import read_settings
 from vllm_tokenfilter.reports.tables import tuning_tables
 from vllm_tokenfilter.tuning.tuner import Score, Tuner, make_texts
@@ -105,7 +105,7 @@ def main(
         "scores": [asdict(score) for score, _ in tried],
     }
     print_tables(tuning_tables(result))
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ random weights: there reading the cache is most of a step, as in the models peop
 `make bench-skipping` writes benchmarks/results/skipping_speed.json.
 """
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from vllm_tokenfilter.local.models import default_model_path
 from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import write_result
 from vllm_tokenfilter.local.settings_file import read_config_file
 
 OUT = Path(__file__).parent / "results" / "skipping_speed.json"
@@ -138,7 +138,7 @@ def main(
         "models": models,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(out, result)
     console.print(f"Written: {out}")
 
 

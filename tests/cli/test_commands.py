@@ -57,5 +57,5 @@ def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
 def test_a_result_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"precious": 1}')
     done = subprocess.run([*CLI, "eval", *MODEL], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "is no result file of eval" in done.stderr
+    assert done.returncode == 2 and "must be a result file of the kind evaluation" in done.stderr
     assert (tmp_path / "eval.json").read_text() == '{"precious": 1}'

@@ -33,7 +33,7 @@ def result(model_path, prose, tmp_path_factory):
     (folder / "boolq.jsonl").write_text("\n".join(map(json.dumps, rows)))
     short = [{"query": "Question: Where is Rome?", "choices": ["Italy", "Peru"], "gold": 0}] * 2
     (folder / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, short)))
-    plan = evaluation.Plan(
+    plan = evaluation.EvaluationPlan(
         model=model_path,
         methods=["variance_aware"],
         ratios=[0.5],

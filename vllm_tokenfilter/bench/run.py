@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from vllm_tokenfilter.bench.servers import PeakMemory, Server, started
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.local.provenance import provenance
+from vllm_tokenfilter.local.result_file import ResultFile
 
 BASELINE = "stock"
 
@@ -51,13 +51,10 @@ class Sample(BaseModel):
     preemptions: float
 
 
-class Benchmark(BaseModel):
+class Benchmark(ResultFile):
     """A result file.
 
     Attributes:
-        kind: "benchmark", so that a reader knows the file.
-        commit, command, machine, versions, time: see provenance.py.
-        model: the served name.
         parameters: output tokens, server flags and the grid.
         capacity: server -> what vLLM said at start: kv_cache_tokens, max_concurrency.
         samples: every measurement, in the order it was made.
@@ -65,15 +62,7 @@ class Benchmark(BaseModel):
             of the same repeat.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str = "benchmark"
-    commit: str
-    command: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    time: str
-    model: str
+    kind: Literal["benchmark"] = "benchmark"
     parameters: dict[str, Any]
     capacity: dict[str, dict[str, float]] = {}
     samples: list[Sample] = []
@@ -81,7 +70,7 @@ class Benchmark(BaseModel):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure.
 
     Attributes:
@@ -129,7 +118,7 @@ class Plan:
 Progress = Callable[[int], Callable[[str], None]]
 
 
-def run(plan: Plan, out: Path, progress: Progress) -> Benchmark:
+def run(plan: BenchmarkPlan, out: Path, progress: Progress) -> Benchmark:
     """Measure what `out` does not hold yet; it is written after every sample, so an interrupted run resumes.
 
     Raises:
@@ -147,7 +136,8 @@ def run(plan: Plan, out: Path, progress: Progress) -> Benchmark:
         "seed": plan.seed,
     }
     with contextlib.ExitStack() as stack:
-        benchmark = _open(plan, parameters, out)
+        model = ", ".join(plan.urls) or Path(plan.model).name
+        benchmark = Benchmark.resume(out, model=model, parameters=parameters)
         servers = _servers(plan, stack)
         names = {server.name: _require_fits(server, plan) for server in servers}
         benchmark.capacity |= {server.name: server.capacity() for server in servers}
@@ -191,12 +181,11 @@ def run(plan: Plan, out: Path, progress: Progress) -> Benchmark:
                         )
                     )
                     benchmark.summary = summarise(benchmark.samples)
-                    benchmark.time = provenance()["time"]
-                    write(benchmark, out)
+                    benchmark.write(out)
     return benchmark
 
 
-def _servers(plan: Plan, stack: contextlib.ExitStack) -> list[Server]:
+def _servers(plan: BenchmarkPlan, stack: contextlib.ExitStack) -> list[Server]:
     if plan.urls:
         return [
             Server(name, url.rstrip("/").removesuffix("/v1"), headers=plan.headers) for name, url in plan.urls.items()
@@ -221,7 +210,7 @@ def _servers(plan: Plan, stack: contextlib.ExitStack) -> list[Server]:
     return servers
 
 
-def _require_fits(server: Server, plan: Plan) -> str:
+def _require_fits(server: Server, plan: BenchmarkPlan) -> str:
     name, longest = server.model()
     if max(plan.contexts) + plan.output_tokens > longest:
         raise EvaluationError(
@@ -231,37 +220,6 @@ def _require_fits(server: Server, plan: Plan) -> str:
             ]
         )
     return name
-
-
-def _open(plan: Plan, parameters: dict[str, Any], out: Path) -> Benchmark:
-    model = Path(plan.model).name if not plan.urls else ", ".join(plan.urls)
-    fresh = Benchmark(**provenance(), model=model, parameters=parameters)
-    if not out.exists():
-        write(fresh, out)
-        return fresh
-    try:
-        old = Benchmark.model_validate_json(out.read_text())
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise EvaluationError([f"json={out} is no result file of bench ({first}); choose another name."]) from None
-    if old.model != model or old.parameters != json.loads(json.dumps(parameters)):
-        raise EvaluationError([f"json={out} holds another grid or model; choose another name or remove it."])
-    return fresh.model_copy(update={"samples": old.samples, "capacity": old.capacity, "summary": old.summary})
-
-
-def write(benchmark: Benchmark, out: Path) -> None:
-    """Write the file whole or not at all.
-
-    Raises:
-        EvaluationError: it cannot be written.
-    """
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(benchmark.model_dump(mode="json"), indent=1) + "\n")
-        part.replace(out)
-    except OSError as error:
-        raise EvaluationError([f"json={out} cannot be written ({error}); choose another place."]) from None
 
 
 def summarise(samples: list[Sample]) -> list[dict[str, Any]]:

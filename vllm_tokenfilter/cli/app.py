@@ -91,7 +91,7 @@ def bench(
 
     Further flags go to every server, as in `vllm serve`. A server called "stock" is what ratios are taken to.
     """
-    from vllm_tokenfilter.bench.run import Plan
+    from vllm_tokenfilter.bench.run import BenchmarkPlan
     from vllm_tokenfilter.cli.bench import bench as measure
     from vllm_tokenfilter.local.models import default_model_path
 
@@ -106,7 +106,7 @@ def bench(
         name, equals, address = entry.partition("=")
         named = bool(equals) and "/" not in name
         urls[name if named else "server"] = address if named else entry
-    plan = Plan(
+    plan = BenchmarkPlan(
         model=str(default_model_path()) if embedded else model or "",
         contexts=context or ([1024] if quick else [512, 4000]),
         concurrencies=concurrency or ([4] if quick else [1, 8]),
@@ -155,13 +155,13 @@ def evaluate(
 ) -> None:
     """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, rival methods and dense."""
     from vllm_tokenfilter.cli.evaluate import evaluate as measure
-    from vllm_tokenfilter.evaluation.run import Plan
+    from vllm_tokenfilter.evaluation.run import EvaluationPlan
     from vllm_tokenfilter.local.models import default_model_path
     from vllm_tokenfilter.local.settings_file import read_named_settings
 
     # Files are measured by themselves unless a grid is asked for as well.
     ratios = [0.5] if quick else [] if config else [0.25, 0.5, 0.75]
-    plan = Plan(
+    plan = EvaluationPlan(
         model=model or str(default_model_path()),
         methods=method or (["variance_aware", "random"] if quick else ["variance_aware"]),
         ratios=ratio or ratios,

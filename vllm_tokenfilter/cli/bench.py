@@ -8,13 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_tokenfilter.bench.run import Plan, run
+from vllm_tokenfilter.bench.run import BenchmarkPlan, run
 from vllm_tokenfilter.cli.output import print_tables
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.reports.tables import benchmark_tables
 
 
-def bench(plan: Plan, out: Path, html: Path | None) -> None:
+def bench(plan: BenchmarkPlan, out: Path, html: Path | None) -> None:
     """Measure, print the table, write the files.
 
     Raises:

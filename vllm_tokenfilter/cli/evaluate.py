@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_tokenfilter.cli.output import print_tables
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.evaluation.run import Plan, run
+from vllm_tokenfilter.evaluation.run import EvaluationPlan, run
 from vllm_tokenfilter.evaluation.texts import load_text
 from vllm_tokenfilter.reports.tables import evaluation_tables
 
 
-def evaluate(plan: Plan, text_source: str | None, out: Path, html: Path | None) -> None:
+def evaluate(plan: EvaluationPlan, text_source: str | None, out: Path, html: Path | None) -> None:
     """Measure, print the tables, write the files.
 
     Raises:

@@ -1,6 +1,5 @@
 """Runs a grid of methods and settings over the metrics, one engine for all, and saves after every cell."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation import perplexity, recall, tasks
 from vllm_tokenfilter.evaluation.schema import METHODS, Cell, Evaluation, settings_of
-from vllm_tokenfilter.local.provenance import provenance
 
 if TYPE_CHECKING:
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
@@ -19,7 +17,7 @@ METRICS = ("perplexity", "tasks", "recall")
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to measure.
 
     Attributes:
@@ -111,7 +109,7 @@ class Plan:
 Progress = Callable[[str, int], Callable[[], None]]
 
 
-def run(plan: Plan, text: tuple[str, str], out: Path, progress: Progress) -> Evaluation:
+def run(plan: EvaluationPlan, text: tuple[str, str], out: Path, progress: Progress) -> Evaluation:
     """Measure what `out` does not hold yet; it is written after every cell, so an interrupted run resumes.
 
     Args:
@@ -123,7 +121,7 @@ def run(plan: Plan, text: tuple[str, str], out: Path, progress: Progress) -> Eva
     Raises:
         EvaluationError: `out` cannot be read or written, or belongs to another model, text or seed.
     """
-    evaluation = _open(plan, text[0], out)
+    evaluation = _resume(plan, text[0], out)
     prepared = {}
     if "tasks" in plan.metrics:
         prepared = {name: tasks.prepare_task(name, plan.data_dir) for name in plan.task_names}
@@ -147,44 +145,13 @@ def run(plan: Plan, text: tuple[str, str], out: Path, progress: Progress) -> Eva
     return evaluation
 
 
-def _open(plan: Plan, text_name: str, out: Path) -> Evaluation:
-    identity: dict[str, Any] = {
-        "model": Path(plan.model).name if Path(plan.model).exists() else plan.model,
-        "text": text_name,
-        "seed": plan.seed,
-    }
-    fresh = Evaluation(**provenance(), **identity)
-    if not out.exists():
-        _write(fresh, out)
-        return fresh
-    try:
-        old = Evaluation.model_validate_json(out.read_text())
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            [f"json={out} is no result file of eval ({str(error).splitlines()[0]}); choose another name."]
-        ) from None
-    for name, value in identity.items():
-        if getattr(old, name) != value:
-            raise EvaluationError(
-                [f"json={out} was measured with {name}={getattr(old, name)}, not {value}; choose another name."]
-            )
+def _resume(plan: EvaluationPlan, text_name: str, out: Path) -> Evaluation:
+    model = Path(plan.model).name if Path(plan.model).exists() else plan.model
+    evaluation = Evaluation.resume(out, model=model, text=text_name, seed=plan.seed)
     # A file of an earlier version lacks the settings that came later, which had no effect then.
-    whole = [
-        cell.model_copy(update={"settings": FilterConfig.parse(cell.settings).model_dump(mode="json")})
-        for cell in old.cells
-    ]
-    return fresh.model_copy(update={"cells": whole})
-
-
-def _write(evaluation: Evaluation, out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Whole or not at all: a file cut off in the middle would lose the cells before it.
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
-        part.replace(out)
-    except OSError as error:
-        raise EvaluationError([f"json={out} cannot be written ({error}); choose another place."]) from None
+    for cell in evaluation.cells:
+        cell.settings = FilterConfig.parse(cell.settings).model_dump(mode="json")
+    return evaluation
 
 
 def _step_tokens(config: FilterConfig) -> int:
@@ -197,7 +164,7 @@ class _Runner:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: EvaluationPlan,
         scorer: "ScoringEngine",
         prose: str,
         prepared: dict[str, Any],
@@ -326,5 +293,4 @@ class _Runner:
             )
         )
         self.done.add(cell.key)
-        self.evaluation.time = provenance()["time"]
-        _write(self.evaluation, self.out)
+        self.evaluation.write(self.out)

@@ -1,10 +1,11 @@
 """What an evaluation is asked and what it answers; the result file is one `Evaluation` as JSON."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.local.result_file import ResultFile
 
 #: Method -> the settings that make the filter choose as it does; docs/algorithm.md cites the sources.
 METHODS: dict[str, dict[str, str]] = {
@@ -61,31 +62,16 @@ class Cell(BaseModel):
         return (repr(sorted(self.settings.items())), self.metric, repr(sorted(self.parameters.items())))
 
 
-class Evaluation(BaseModel):
+class Evaluation(ResultFile):
     """A result file.
 
     Attributes:
-        kind: "evaluation", so that a reader knows the file.
-        commit: commit of the package, "+changes" if files differed.
-        command: how to run it again.
-        machine: processor, cores, memory.
-        versions: of this package and what it stands on.
-        time: when the last cell was measured, UTC.
-        model: path's last part or Hugging Face id.
         text: what prose was read.
         seed: of every generator.
         cells: the measurements.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    kind: str = "evaluation"
-    commit: str
-    command: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    time: str
-    model: str
+    kind: Literal["evaluation"] = "evaluation"
     text: str
     seed: int
     cells: list[Cell] = []

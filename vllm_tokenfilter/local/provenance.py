@@ -22,8 +22,13 @@ def provenance() -> dict[str, Any]:
         "command": _command(sys.argv),
         "machine": machine(),
         "versions": versions(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": now(),
     }
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _command(arguments: list[str]) -> str:
