@@ -11,10 +11,10 @@ from vllm_tokenfilter.reports.tables import Rows
 
 SHORT, LONG = "paper_table_short", "paper_table_long"
 _MODES = {
-    "dense": "dense",
-    "paper": "paper: attention skipped, output zero, tail",
-    "balanced": "balanced: KV filtering, the layers that recall whole",
-    "filtering": "KV filtering, every layer alike",
+    "dense": "dense: nothing pruned",
+    "paper": "the paper's mode: attention skipped, output zero, later layers",
+    "balanced": "balanced: KV filtering, retrieval layers dense",
+    "filtering": "KV filtering, every layer pruned alike",
 }
 _TASKS = {
     "boolq": "BoolQ",
@@ -25,7 +25,7 @@ _TASKS = {
     "arc_challenge": "ARC-c",
     "openbookqa": "OBQA",
 }
-_PUBLISHED = ["*published, another model: LLaMA-2-13B (arXiv 2512.07090)*", "0.5", "*29.22*", "", "*65.9*"]
+_PUBLISHED = ["*published, on another model: LLaMA-2-13B (arXiv 2512.07090)*", "0.5", "*29.22*", "", "*65.9*"]
 
 
 def paper_table(results: dict[str, Result]) -> Rows:
@@ -51,8 +51,8 @@ def _figures(cells: list[dict[str, Any]]) -> list[str]:
     }
     tasks = {cell["metric"]: cell["values"] for cell in cells if cell["metric"] in _TASKS}
     figures = [f"{perplexity[length]:.2f}" if length in perplexity else "" for length in (128, 2048)]
-    whole = [tasks[name]["accuracy"] for name in _TASKS if name in tasks]
-    figures.append(f"{100 * sum(whole) / len(whole):.1f}" if len(whole) == len(_TASKS) else "")
+    accuracies = [tasks[name]["accuracy"] for name in _TASKS if name in tasks]
+    figures.append(f"{100 * sum(accuracies) / len(accuracies):.1f}" if len(accuracies) == len(_TASKS) else "")
     for name in _TASKS:
         value = tasks.get(name)
         figures.append(f"{100 * value['accuracy']:.1f} ({100 * value['standard_error']:.1f})" if value else "")

@@ -1,4 +1,4 @@
-"""docs/results.md and the README's first figures, rendered from benchmarks/results/*.json and nothing else."""
+"""docs/results.md, rendered from benchmarks/results/*.json and nothing else."""
 
 import json
 import math
@@ -9,20 +9,38 @@ from typing import Any
 
 from docs.render.gpu import gpu_section
 from docs.render.paper_table import LONG, SHORT, paper_table
+from docs.render.spread import COLUMNS, figures, inverse
 from vllm_tokenfilter.reports.figures import Result
 from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown, tuning_tables
 
 _BOOTSTRAP_DRAWS = 2000
-_TUNED_MODEL = "SmolLM2-135M-Instruct"
-_PAIR = ("r=0.5", "tuned, mean r=0.5")
-_METHODS = ("variance_aware", "smollm2-135m-tuned")
-_ABSENT = "not measured"
 
 _INTRODUCTION = """# Results
 
-Every figure on this page is rendered from a file in [benchmarks/results/](../benchmarks/results/) by `make docs`;
-each file names commit, command, machine and versions. Ratios are taken inside one run against stock vLLM. Losing
-figures stay.
+What pruning gains and what it costs, on the embedded model. Speed is given as *times stock vLLM's speed*: above 1 is
+faster. *Stock* is vLLM without this plugin; *dense* is the same engine with nothing pruned. Perplexity and KL
+divergence are better when low; accuracy, agreement and log-probability when high.
+
+Every figure is rendered by `make docs` from a file in [benchmarks/results/](../benchmarks/results/), which names
+commit, command, machine and versions. A ratio is always taken inside one run, between measurements that took turns.
+Settings that lost are shown too.
+"""
+
+_TUNING = """
+Differences from dense, in nats per token, at the end of texts that were read with every token visible: for the
+log-probability of answers higher is better, for the log-perplexity of running text lower. How they are measured:
+[tuning.md](tuning.md).
+"""
+
+_PAPER = """
+Zero-shot accuracy in percent, its standard error in brackets. For 128 tokens and for the tasks, whose texts are short,
+chunk, recent window and warm-up are 16 tokens; for 2048 tokens they are those of the settings file. The published row
+is of a model a hundred times larger: it shows what the paper reports, and cannot be compared with the other rows.
+"""
+
+_INTERVALS = """
+This method (`variance_aware`) against each baseline on the same windows: the baseline's perplexity over ours, with the
+95 % interval of a paired bootstrap over windows. Above 1 ours is better; an interval that contains 1 decides nothing.
 """
 
 
@@ -32,24 +50,17 @@ def load_results(folder: Path) -> dict[str, Result]:
 
 
 def results_page(results: dict[str, Result]) -> str:
-    """The page: speed of the attention, memory, serving, then quality."""
+    """The page: speed of the attention, memory, tuning, serving, then quality."""
     parts = [_INTRODUCTION]
     parts += _runs(results, "attention_speed", "Decoding against a filtered cache", _attention)
     parts += _runs(results, "skipping_speed", "Decoding with attention skipped", _skipping)
-    if capacity := results.get("capacity"):
-        parts += ["## What fits the same KV cache\n", _capacity(capacity), _origin("capacity", capacity)]
-    if on_gpu := results.get("gpu_attention"):
-        parts += ["## Decode attention and sealing on a GPU\n", gpu_section(on_gpu), _origin("gpu_attention", on_gpu)]
-    tunings = {name: result for name, result in results.items() if result.get("kind") == "tuning"}
-    if tunings:
-        parts += ["## The layers that `tune` leaves whole\n", markdown(_layers_found(tunings)) + "\n"]
-        parts += [_origin(name, result) for name, result in tunings.items() if _only_repeats(name)]
-    for name, result in results.items():
-        if result.get("kind") in ("tuning", "selection") and not _only_repeats(name):
-            parts += [f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n", _LAYERS]
-            for _, rows in tuning_tables(result):
-                parts.append(markdown(rows) + "\n")
-            parts.append(_origin(name, result))
+    for name, title, section in (
+        ("capacity", "What fits the same KV cache", _capacity),
+        ("gpu_attention", "Decode attention and sealing on a GPU", gpu_section),
+    ):
+        if result := results.get(name):
+            parts += [f"## {title}\n", section(result), _origin(name, result)]
+    parts += _tunings(results)
     for name, result in results.items():
         if result.get("kind") == "benchmark":
             for title, rows in benchmark_tables(result):
@@ -60,86 +71,87 @@ def results_page(results: dict[str, Result]) -> str:
         parts += [_origin(name, results[name]) for name in (SHORT, LONG) if name in results]
     for name, result in results.items():
         if result.get("kind") == "evaluation" and name not in (SHORT, LONG):
-            parts.append(f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n")
+            parts.append(_heading(name, result))
             if intervals := paired_intervals(result):
                 parts += [_INTERVALS, markdown(intervals) + "\n"]
-            for _, rows in evaluation_tables(result):
-                parts.append(markdown(rows) + "\n")
+            parts += _titled(evaluation_tables(result))
             parts.append(_origin(name, result))
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _only_repeats(name: str) -> bool:
-    """Whether a tuning result repeats another with a seed of its own: the list it found says all."""
-    return name.startswith("tuning_seed_")
+def _heading(name: str, result: Result) -> str:
+    return f"## {name.replace('_', ' ').capitalize()}, {result['text']}\n"
+
+
+def _titled(tables: list[tuple[str, Rows]]) -> list[str]:
+    """The tables, each under its title where there are several."""
+    shown = [f"**{title}**\n\n" if len(tables) > 1 else "" for title, _ in tables]
+    return [title + markdown(rows) + "\n" for title, (_, rows) in zip(shown, tables, strict=True)]
+
+
+def _tunings(results: dict[str, Result]) -> list[str]:
+    """The layers each tuning found, then the trials behind them; of repeats with another seed only the layers."""
+    tunings = {name: result for name, result in results.items() if result.get("kind") == "tuning"}
+    repeats = {name: result for name, result in tunings.items() if name.startswith("tuning_seed_")}
+    parts = []
+    if tunings:
+        parts += ["## The layers that `tune` keeps dense\n", markdown(_layers_found(tunings)) + "\n"]
+        parts += [_origin(name, result) for name, result in repeats.items()]
+    for name, result in results.items():
+        if result.get("kind") in ("tuning", "selection") and name not in repeats:
+            parts += [_heading(name, result), _TUNING, *_titled(tuning_tables(result)), _origin(name, result)]
+    return parts
 
 
 def _layers_found(tunings: dict[str, Result]) -> Rows:
-    rows: Rows = [["file", "text", "seed", "mean ratio", "cores", "minutes", "layers left whole"]]
+    rows: Rows = [["file", "text", "seed", "mean ratio", "cores", "minutes", "dense layers"]]
     for name, result in tunings.items():
-        settings, parameters = result["settings"], result["parameters"]
-        whole = [str(index) for index, ratio in enumerate(settings["schedule"]["ratios"]) if not ratio]
+        settings = result["settings"]
+        dense = [str(index) for index, ratio in enumerate(settings["schedule"]["ratios"]) if not ratio]
         rows.append(
             [
                 f"[{name}.json](../benchmarks/results/{name}.json)",
                 result["text"],
-                str(parameters["seed"]),
+                str(result["parameters"]["seed"]),
                 f"{settings['pruning_ratio']:.3f}",
                 str(result["machine"]["cores"]),
                 "-" if "--reuse" in result["command"] else f"{result['seconds'] / 60:.1f}",
-                ", ".join(whole),
+                ", ".join(dense),
             ]
         )
     return rows
 
 
-_LAYERS = """
-Log-probability of the answers and log-perplexity of running text are differences to dense, in nats per token, at the
-end of texts that were read whole: [tuning.md](tuning.md).
-"""
-
-_PAPER = """
-Zero-shot accuracy in percent, its standard error in brackets. For 128 tokens and the tasks, whose texts are short,
-chunk, recent window and warm-up are 16 tokens; for 2048 tokens they are those of the settings. The published row is of
-a model a hundred times larger and stands here only to name the paper's figures: nothing in it compares with ours.
-"""
-
-_INTERVALS = """
-Ours against each rival on the same windows: perplexity of the rival over ours, with the 95 % interval of
-a paired bootstrap over windows. Above 1 ours is better; an interval that holds 1 decides nothing.
-"""
-
-
 def paired_intervals(result: Result) -> Rows:
-    """Rival over variance_aware in perplexity, with paired bootstrap intervals; no rows where nothing can be paired."""
+    """Baseline over variance_aware in perplexity, with paired bootstrap intervals; no rows where none can be paired."""
     cells = [cell for cell in result["cells"] if cell["metric"] == "perplexity" and cell["filter_active"]]
-    rows: Rows = [["rival", "ratio", "chunk", "window", "tokens", "windows", "rival / ours", "95 % interval"]]
+    rows: Rows = [["baseline", "ratio", "chunk", "window", "tokens", "windows", "baseline / ours", "95 % interval"]]
     for ours in cells:
         if ours["method"] != "variance_aware" or len(ours["samples"]) < 8:
             continue
-        for rival in cells:
-            if rival["method"] != "variance_aware" and _comparable(ours, rival):
-                low, high = _bootstrap([b - a for a, b in zip(ours["samples"], rival["samples"], strict=True)])
+        for baseline in cells:
+            if baseline["method"] != "variance_aware" and _comparable(ours, baseline):
+                low, high = _bootstrap([b - a for a, b in zip(ours["samples"], baseline["samples"], strict=True)])
                 settings, parameters = ours["settings"], ours["parameters"]
                 rows.append(
                     [
-                        rival["method"],
+                        baseline["method"],
                         f"{settings['pruning_ratio']:g}",
                         str(settings["chunk_size"]),
                         str(settings["recent_window"]),
                         str(parameters["sequence_length"]),
                         str(parameters["windows"]),
-                        f"{rival['values']['perplexity'] / ours['values']['perplexity']:.4f}",
+                        f"{baseline['values']['perplexity'] / ours['values']['perplexity']:.4f}",
                         f"{low:.4f} to {high:.4f}",
                     ]
                 )
     return rows if len(rows) > 1 else []
 
 
-def _comparable(ours: dict[str, Any], rival: dict[str, Any]) -> bool:
+def _comparable(ours: dict[str, Any], baseline: dict[str, Any]) -> bool:
     same = ("pruning_ratio", "chunk_size", "recent_window", "sink_tokens", "dense_layers", "first_layer")
-    return ours["parameters"] == rival["parameters"] and all(
-        ours["settings"][key] == rival["settings"][key] for key in same
+    return ours["parameters"] == baseline["parameters"] and all(
+        ours["settings"][key] == baseline["settings"][key] for key in same
     )
 
 
@@ -149,76 +161,6 @@ def _bootstrap(differences: list[float]) -> tuple[float, float]:
     count = len(differences)
     means = sorted(sum(draw.choices(differences, k=count)) / count for _ in range(_BOOTSTRAP_DRAWS))
     return math.exp(means[int(0.025 * _BOOTSTRAP_DRAWS)]), math.exp(means[int(0.975 * _BOOTSTRAP_DRAWS) - 1])
-
-
-def readme_block(results: dict[str, Result]) -> str:
-    """The README's figures: the plot and, at ratio 0.5, what every layer alike and the tuned layers gain and cost."""
-    parts = []
-    if "perplexity_grid" in results:
-        parts.append("![Perplexity against pruning ratio, ours and rival methods](docs/quality.svg)\n")
-    rows = _gains(results) + _costs(results)
-    if rows:
-        title = "SmolLM2-135M-Instruct, half of the sealed tokens removed"
-        head = [title, "every layer alike", "[tuned](docs/tuning.md), as `make serve` runs it", "from"]
-        parts.append(markdown([head, *rows]) + "\n")
-    parts.append("More, rival methods and losing figures included: [docs/results.md](docs/results.md).")
-    return "\n".join(parts)
-
-
-def _gains(results: dict[str, Result]) -> Rows:
-    """Speed and capacity over stock, ratio 0.5: rows of title, every layer alike, tuned, file."""
-    rows: Rows = []
-    if speed := results.get("skipping_speed"):
-        found = speed["models"][_TUNED_MODEL]["summary"]["speedups"]
-        parameters = speed["parameters"]
-        title = f"decoding, {parameters['requests']} requests x {parameters['tokens']} tokens, against stock vLLM"
-        shown = [
-            f"**{found[name]['median']:.2f} x** ({found[name]['least']:.2f} to {found[name]['greatest']:.2f})"
-            if name in found
-            else _ABSENT
-            for name in _PAIR
-        ]
-        rows.append([title, *shown, _file("skipping_speed")])
-    if capacity := results.get("capacity"):
-        ratios = capacity["summary"]["ratios"]
-        title = "requests of 8192 tokens in the same KV cache, against stock vLLM"
-        shown = [f"**{ratios[name]:.3f} x**" if name in ratios else _ABSENT for name in _PAIR]
-        rows.append([title, *shown, _file("capacity")])
-    return rows
-
-
-def _costs(results: dict[str, Result]) -> Rows:
-    """Perplexity, agreement and recall at ratio 0.5, both settings from one file: rows as in `_gains`."""
-    rows: Rows = []
-    if quality := results.get("perplexity_tuned"):
-        by_method = {
-            cell["method"]: cell
-            for cell in quality["cells"]
-            if cell["method"] != "variance_aware" or cell["settings"]["pruning_ratio"] == 0.5
-        }
-        dense = by_method["dense"]
-        tokens = dense["parameters"]["sequence_length"]
-        cells = [by_method[name]["values"] if name in by_method else None for name in _METHODS]
-        before = dense["values"]["perplexity"]
-        changes = [f"**{cell['perplexity'] / before - 1:+.1%}**" if cell else _ABSENT for cell in cells]
-        agreements = [f"**{cell['top1_agreement']:.1%}**" if cell else _ABSENT for cell in cells]
-        file = _file("perplexity_tuned")
-        rows.append([f"perplexity, {quality['text']}, {tokens} tokens, against dense", *changes, file])
-        rows.append(["same likeliest next token as dense", *agreements, file])
-    if recall := results.get("recall"):
-        found = {
-            cell["method"]: cell["values"]["token_accuracy"]
-            for cell in recall["cells"]
-            if cell["parameters"] == {**cell["parameters"], "kind": "passkey", "length": 1500, "depth": 0.5}
-        }
-        title = f"pass key in 1500 tokens, tokens right (dense: {found['dense']:.1%})"
-        shown = [f"**{found[name]:.1%}**" if name in found else _ABSENT for name in _METHODS]
-        rows.append([title, *shown, _file("recall")])
-    return rows
-
-
-def _file(name: str) -> str:
-    return f"[{name}.json](benchmarks/results/{name}.json)"
 
 
 def _runs(results: dict[str, Result], benchmark: str, title: str, tables: Callable[[Result], str]) -> list[str]:
@@ -233,54 +175,75 @@ def _runs(results: dict[str, Result], benchmark: str, title: str, tables: Callab
     return parts
 
 
+#: What the ratios of an attention_speed file compare. All but the speed-ups are ours over stock's in time.
+_TIMED = {
+    "speedup of r=0.5 over stock": "decoding, r=0.5",
+    "speedup of r=0.75 over stock": "decoding, r=0.75",
+    "r=0.5 against stock at stored tokens": "decoding, r=0.5; stock on texts as short as what r=0.5 stores",
+    "r=0.75 against stock at stored tokens": "decoding, r=0.75; stock on texts as short as what r=0.75 stores",
+    "r=0.5 against stock, short": "decoding short texts, r=0.5",
+    "first token of r=0.5 against stock, mean": "time to first token, r=0.5, mean of the requests",
+    "first token of r=0.5 against stock, last": "time to first token, r=0.5, last of the requests",
+    "first token of r=0.75 against stock, mean": "time to first token, r=0.75, mean of the requests",
+}
+
+
 def _attention(result: Result) -> str:
     parameters = result["parameters"]
-    rows: Rows = [["ratio", "median", "least", "greatest"]]
-    for name, values in result["summary"]["ratios"].items():
-        rows.append([name, *(f"{values[key]:.3f}" for key in ("median", "least", "greatest"))])
+    rows: Rows = [["times stock's speed", *COLUMNS]]
+    for name, ratio in result["summary"]["ratios"].items():
+        speed = ratio if name.startswith("speedup") else inverse(ratio)
+        rows.append([_TIMED[name], *figures(speed)])
     growth = ", ".join(
         f"{name} {share:.2%}" for name, share in result["summary"]["resident_growth_share_of_kv_cache"].items()
     )
     return (
-        f"{parameters['requests']} requests x {parameters['long_tokens']} tokens (short: "
-        f"{parameters['short_tokens']}), {parameters['repeats']} interleaved repeats; a speed-up is stock's time "
-        "between tokens over ours, the other ratios are ours over stock's.\n\n"
-        + markdown(rows)
-        + f"\n\nResident size of the worker above stock's, as a share of the KV cache: {growth}.\n"
+        f"{parameters['requests']} requests of {parameters['long_tokens']} tokens (short: "
+        f"{parameters['short_tokens']}), {parameters['repeats']} interleaved repeats.\n\n"
+        f"{markdown(rows)}\n\n"
+        f"Resident memory of the worker above stock's, as a share of the KV cache: {growth}.\n"
     )
 
 
 def _skipping(result: Result) -> str:
     parameters = result["parameters"]
     parts = [
-        f"{parameters['requests']} requests x {parameters['tokens']} tokens, {parameters['repeats']} interleaved "
-        f"repeats, {'eager' if parameters['eager'] else 'compiled'}; stock's time between tokens over ours. Stock at "
-        "fewer tokens bounds what sparing as many could gain, if deciding and sealing cost nothing: half of them for "
-        "one mechanism at 0.5, a quarter for both."
+        f"{parameters['requests']} requests of {parameters['tokens']} tokens, {parameters['repeats']} interleaved "
+        f"repeats, {'eager' if parameters['eager'] else 'compiled'}. *Stock at half the tokens* is the most that one "
+        "mechanism at 0.5 could gain if deciding and sealing cost nothing; *at a quarter*, the most that both together "
+        "could."
     ]
     for model, found in result["models"].items():
         summary = found["summary"]
-        rows: Rows = [[model, "median", "least", "greatest", "sealing, share of decoding"]]
+        rows: Rows = [[f"times stock's speed: {model}", *COLUMNS, "sealing, share of decoding"]]
         for name, values in {**summary["speedups"], **summary["bounds"]}.items():
-            figures = [f"{values[key]:.3f}" for key in ("median", "least", "greatest")]
             share = summary["seal_share"].get(name)
-            rows.append([name, *figures, "" if share is None else f"{share:.2%}"])
+            rows.append([name, *figures(values), "" if share is None else f"{share:.2%}"])
         parts.append(markdown(rows))
     return "\n\n".join(parts) + "\n"
+
+
+_MEASURED = {
+    "output_tokens_per_s": ("output tokens a second", "high"),
+    "preemptions": ("preemptions", "low"),
+    "prefix_cache_hit_rate": ("prefix-cache hit rate", "high"),
+    "later_first_token_s": ("seconds to the first token, later turns or users", "low"),
+}
 
 
 def _capacity(result: Result) -> str:
     summary, reported, parameters = result["summary"], result["reported"], result["parameters"]
     length = parameters["reported"]["max_model_len"]
-    rows: Rows = [["setting", f"requests of {length} tokens, as vLLM reports at start", "to stock"]]
-    for name, figures in reported.items():
-        rows.append([name, f"{figures['max_concurrency']:.2f}", f"{summary['ratios'][name]:.3f}"])
+    rows: Rows = [["setting", f"requests of {length} tokens, as vLLM reports at start", "times stock"]]
+    for name, start in reported.items():
+        rows.append([name, f"{start['max_concurrency']:.2f}", f"{summary['ratios'][name]:.3f}"])
     load, system, chats = (parameters[name] for name in ("load", "system prompt", "chats"))
-    measured: Rows = [["r=0.5 against stock", "stock", "r=0.5", "ratio", "least", "greatest"]]
+    measured: Rows = [["measured", "better when", "stock", "r=0.5", "r=0.5 / stock", "least", "greatest"]]
     for task in ("load", "system prompt", "chats"):
         for key, row in summary[task].items():
-            figures = [f"{row[column]:.4g}" for column in ("stock", "ours", "ratio", "least", "greatest")]
-            measured.append([f"{task}: {_MEASURED[key]}", *figures])
+            title, better = _MEASURED[key]
+            shown = [f"{row[column]:.4g}" for column in ("stock", "ours", "ratio", "least", "greatest")]
+            measured.append([f"{task}: {title}", better, *shown])
     text = (
         f"**load**: {load['requests']} requests of {load['prompt_tokens']} tokens, {load['output_tokens']} more each, "
         f"in {load['kv_cache_memory_bytes'] / 1e6:.0f} MB of KV cache, which stock vLLM fills. **system prompt**: "
@@ -288,14 +251,6 @@ def _capacity(result: Result) -> str:
         f"{chats['turns']} turns. Medians of {parameters['repeats']} interleaved repeats; stock has prefix caching too."
     )
     return f"{markdown(rows)}\n\n{text}\n\n{markdown(measured)}\n"
-
-
-_MEASURED = {
-    "output_tokens_per_s": "output tokens a second",
-    "preemptions": "preemptions",
-    "prefix_cache_hit_rate": "prefix-cache hit rate",
-    "later_first_token_s": "time to first token of later turns or users, seconds",
-}
 
 
 def _origin(name: str, result: Result) -> str:

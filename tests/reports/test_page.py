@@ -9,7 +9,8 @@ import zlib
 
 import pytest
 
-from docs.render.results import paired_intervals, readme_block, results_page
+from docs.render.readme import readme_block
+from docs.render.results import paired_intervals, results_page
 from tests.reports import sample
 from vllm_tokenfilter.reports import figures, plots
 from vllm_tokenfilter.reports.page import render_page
@@ -115,7 +116,7 @@ def inked_share(png):
 def test_intervals_pair_windows_and_tell_a_difference_from_none():
     rows = {row[0]: row for row in paired_intervals(sample.EVALUATION)[1:]}
     low, high = map(float, rows["random"][-1].split(" to "))
-    assert low > 1, "a rival worse in every window must be told apart"
+    assert low > 1, "a baseline worse in every window must be told apart"
     low, high = map(float, rows["key"][-1].split(" to "))
     assert low < 1 < high, "noise must not be called a difference"
 
