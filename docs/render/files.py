@@ -1,4 +1,4 @@
-"""The list of files in docs/architecture.md: every room of the package, every file of it, and its own first sentence."""
+"""The list of files in docs/architecture.md: every folder of the package, every file with its own first sentence."""
 
 import ast
 import re

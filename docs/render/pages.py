@@ -34,8 +34,8 @@ additional-config:
     pruning_ratio: 0.5
 ```
 
-On the command line: `--additional-config '{{"{CONFIG_KEY}": {{"pruning_ratio": 0.5}}}}'`. An unknown key, a wrong type or
-a value out of range is refused at start. Words such as *seal*, *chunk* and *sink* are explained at the top of
+On the command line: `--additional-config '{{"{CONFIG_KEY}": {{"pruning_ratio": 0.5}}}}'`. An unknown key, a wrong type
+or a value out of range is refused at start. Words such as *seal*, *chunk* and *sink* are explained at the top of
 [layout.md](layout.md).
 
 | key | unit | values | default | meaning |
@@ -73,16 +73,16 @@ _METRICS = f"""# Metrics
 
 {_NOTE}
 
-They appear on the server's own `/metrics`, beside vLLM's, whenever the backend is selected; there is nothing to switch on.
-How they are collected, and what a restart does to them: [operations.md](operations.md#metrics).
+They appear on the server's own `/metrics`, beside vLLM's, whenever the backend is selected; there is nothing to switch
+on. How they are collected, and what a restart does to them: [operations.md](operations.md#metrics).
 
 | metric | type | unit | labels | meaning |
 |---|---|---|---|---|
 %s
 
 `layers` names a KV-cache group by its layers, such as `0-16, 20-29`; `reason` is one of those in
-[compatibility.md](compatibility.md). Tokens are counted once, whatever the number of layers and of tensor-parallel ranks;
-data-parallel engines are summed.
+[compatibility.md](compatibility.md). Tokens are counted once, whatever the number of layers and of tensor-parallel
+ranks; data-parallel engines are summed.
 """
 
 
