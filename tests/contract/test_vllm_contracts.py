@@ -19,7 +19,7 @@ from vllm.v1.attention.backends import cpu_attn  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
 from vllm_tokenfilter.integration import plugin, registration, workarounds  # noqa: E402
-from vllm_tokenfilter.integration.cpu import backend  # noqa: E402
+from vllm_tokenfilter.integration.cpu import skipping  # noqa: E402
 
 
 def parameters(function):
@@ -32,7 +32,7 @@ def test_the_version_is_the_one_we_are_made_for():
 
 def test_the_metadata_builder_is_built_and_called_as_we_wrap_it():
     builder = cpu_attn.CPUAttentionMetadataBuilder
-    hint = "integration/backend.py wraps this signature"
+    hint = "integration/cpu/builder.py wraps this signature"
     assert parameters(builder.__init__) == ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"], hint
     assert parameters(builder.build) == ["self", "common_prefix_len", "common_attn_metadata", "fast_build"], hint
 
@@ -47,8 +47,10 @@ def test_a_schedule_is_made_from_what_we_make_it_from_and_alone_depends_on_lengt
 
     known = parameters(ops.cpu_attn_get_scheduler_metadata)
     stock = schedule_of(cpu_attn.CPUAttentionMetadataBuilder.build)
-    hint = "integration/backend.py (_other_lengths) makes the schedule of a step with other lengths as build does"
-    assert stock and schedule_of(backend.TokenFilteringMetadataBuilder._other_lengths) | {"seq_lens"} == stock, hint
+    hint = (
+        "integration/cpu/skipping.py (with_other_lengths) makes the schedule of a step with other lengths as build does"
+    )
+    assert stock and schedule_of(skipping.with_other_lengths) | {"seq_lens"} == stock, hint
     fields = {field.name for field in dataclasses.fields(cpu_attn.CPUAttentionMetadata)}
     assert {"seq_lens", "scheduler_metadata", "causal", "dynamic_causal", "query_start_loc"} <= fields, hint
 
@@ -56,7 +58,7 @@ def test_a_schedule_is_made_from_what_we_make_it_from_and_alone_depends_on_lengt
 def test_the_step_has_the_fields_we_read_and_replace():
     names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
     needed = {"seq_lens", "query_start_loc_cpu", "block_table_tensor", "slot_mapping", "max_seq_len", "num_reqs"}
-    assert needed <= names, "integration/backend.py reads these fields of CommonAttentionMetadata"
+    assert needed <= names, "integration/cpu/builder.py reads these fields of CommonAttentionMetadata"
     assert "replace" in dir(CommonAttentionMetadata)
 
 
@@ -65,7 +67,7 @@ def test_the_implementation_is_called_as_we_wrap_it():
     assert parameters(impl.forward)[:7] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata"]
     assert parameters(impl.do_kv_cache_update) == ["self", "layer", "key", "value", "kv_cache", "slot_mapping"]
     assert not cpu_attn.CPUAttentionBackend.forward_includes_kv_cache_update, (
-        "keys are written before the forward; if the forward writes them, integration/backend.py must change"
+        "keys are written before the forward; if the forward writes them, integration/cpu/builder.py must change"
     )
 
 
@@ -107,6 +109,21 @@ def test_custom_is_ours_unless_another_plugin_claimed_it():
     assert registration.is_ours("CUSTOM")
     assert not registration.is_ours("CPU_ATTN")
     assert not registration.is_ours(None)
+
+
+def test_attention_groups_can_be_split_and_layers_write_where_the_forward_context_says():
+    from vllm.forward_context import ForwardContext
+    from vllm.model_executor.layers.attention import attention
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.utils import AttentionGroup
+
+    hint = "integration/offline/mixed_layouts.py gives the layers of each layout an attention group of their own"
+    assert {"layer_names", "metadata_builders"} <= {field.name for field in dataclasses.fields(AttentionGroup)}, hint
+    source = inspect.getsource(GPUModelRunner._build_attention_metadata)
+    assert "self.attn_groups[kv_cache_gid]" in source and "for layer_name in attn_group.layer_names" in source, hint
+    assert {"attn_metadata", "slot_mapping"} <= {field.name for field in dataclasses.fields(ForwardContext)}, hint
+    assert "forward_context.slot_mapping" in inspect.getsource(attention.get_attention_context), hint
+    assert "self._model_forward(" in inspect.getsource(GPUModelRunner.execute_model), hint
 
 
 def test_registering_twice_is_harmless_and_never_raises(monkeypatch):

@@ -59,31 +59,32 @@ class Engine:
         monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
 
-        from vllm_tokenfilter.integration.cpu import backend, sealing
+        from vllm_tokenfilter.integration.cpu import builder as step_builder
+        from vllm_tokenfilter.integration.cpu import sealing
         from vllm_tokenfilter.kernels.cpu import skip
 
         self.records: dict[str, Record] = {}
         self._rows: list[Run] = []
         self._rows_of_due: dict[int, list[Run]] = {}
         self._writers: dict = {}
-        self._num_groups = self._group = 0
-        build, seal = backend.TokenFilteringMetadataBuilder.build, sealing.seal
+        self._num_builders = self._turn = 0
+        self._layouts = None
+        build, seal = step_builder.TokenFilteringMetadataBuilder.build, sealing.seal
 
         def watched_build(builder, common_prefix_len, common, fast_build=False):
             real = int(common.slot_mapping[0]) >= 0
             seq_lens, query_lens = common.seq_lens.numpy().copy(), np.diff(common.query_start_loc_cpu.numpy())
             tables = common.block_table_tensor.numpy().copy()
             if real:
-                self._num_groups = len(self.runner.kv_cache_config.kv_cache_groups)
-                if self._group == 0:
+                self._num_builders = len(self.builders())
+                if self._turn == 0:
                     self._saw_step(seq_lens, query_lens)
-                self._group = (self._group + 1) % self._num_groups
+                self._turn = (self._turn + 1) % self._num_builders
             metadata = build(builder, common_prefix_len, common, fast_build)
             if real:
                 self._saw_blocks(builder, tables, seq_lens, query_lens)
-                for part in builder.parts:
-                    if part.due is not None:
-                        self._rows_of_due[id(part.due)] = list(self._rows)
+                if builder.due is not None:
+                    self._rows_of_due[id(builder.due)] = list(self._rows)
             return metadata
 
         def watched_seal(due, cache, layout, config, carried=None):
@@ -92,7 +93,7 @@ class Engine:
                 self._saw_seal(due, sealed)
             return sealed
 
-        monkeypatch.setattr(backend.TokenFilteringMetadataBuilder, "build", watched_build)
+        monkeypatch.setattr(step_builder.TokenFilteringMetadataBuilder, "build", watched_build)
         monkeypatch.setattr(sealing, "seal", watched_seal)
         decide = skip.decide_skips
 
@@ -112,6 +113,13 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
+
+    def use(self, config):
+        """Filter by these settings from now on; of an engine that started dense."""
+        from vllm_tokenfilter.integration.offline.mixed_layouts import MixedLayouts
+
+        self._layouts = self._layouts or MixedLayouts(self.runner)
+        self._layouts.use(config)
 
     def builders(self):
         """The metadata builders of all groups."""
@@ -167,11 +175,8 @@ class Engine:
 
     def _saw_blocks(self, builder, tables, seq_lens, query_lens):
         """Note who wrote which block, and whose blocks a run took over; a block is named by its group and number."""
-        if len(builder.parts) > 1:
-            return  # layers of several layouts in one group share no prefixes
-        (part,) = builder.parts
-        filtered, size = part.layout is not None, builder.block_size
-        layout = part.layout or builder.config.layout
+        filtered, size = builder.layout is not None, builder.block_size
+        layout = builder.layout or builder.config.layout
         layers = [*builder._filtered, *(index for indices in builder._dense.values() for index in indices)]
         # What is taken over comes in pieces of a chunk where layers are filtered, of a block where they are dense.
         piece, blocks_per_piece = (layout.chunk_size, layout.kept_per_chunk // size) if filtered else (size, 1)
@@ -198,9 +203,9 @@ class Engine:
 
     def _skipping_layer(self, step, place):
         """The layer whose scores these are."""
-        for part in itertools.chain.from_iterable(builder.parts for builder in self.builders()):
-            if part.skipping and part.skipping.kept is step.kept:
-                return next(index for index, own in part.skipping.places.items() if own == place)
+        for builder in self.builders():
+            if builder.skipping and builder.skipping.carried is step.kept:
+                return next(index for index, own in builder.skipping.places.items() if own == place)
         raise AssertionError("these scores belong to no layer")
 
     def _saw_skips(self, rows, layer, skipped):

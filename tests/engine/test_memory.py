@@ -130,7 +130,7 @@ def test_blocks_that_no_request_owns_are_never_touched(engine, model, tokens):
     while engine.engine.has_unfinished_requests():
         free = [b.block_id for b in pool.blocks[1:] if b.ref_cnt == 0 and b.block_hash is None]
         # A seal that is due may still write blocks that were just freed: it is run by the step that reuses them.
-        idle = free if not any(part.due for builder in engine.builders() for part in builder.parts) else []
+        idle = free if not any(builder.due for builder in engine.builders()) else []
         for layer in engine.runner.kv_caches:
             layer[idle] = CANARY
         engine.step()

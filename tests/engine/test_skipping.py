@@ -116,8 +116,7 @@ def run_a_mixed_batch(engine, model, tokens, name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decisions_and_log_probabilities_equal_the_reference(engine, model, tokens, name):
     config, engine.settings = settings_of(name)
-    for builder in engine.builders():
-        builder.use(config)
+    engine.use(config)
     before = engine.status()
     runs = run_a_mixed_batch(engine, model, tokens, name)
     skipped = sum(sum(decisions) for run in runs for decisions in run.skipped.values())
@@ -138,8 +137,7 @@ def test_a_ratio_of_zero_leaves_the_other_mechanism_bitwise_unchanged(engine, mo
     engine.prefill_steps_of(100)
     found = {}
     for number, settings in enumerate(settings for pair in pairs for settings in pair):
-        for builder in engine.builders():
-            builder.use(FilterConfig.parse(settings))
+        engine.use(FilterConfig.parse(settings))
         names = [f"zero{number}-{length}." for length in (30, 333)]
         for name, length in zip(names, (30, 333), strict=True):
             engine.add(name, tokens[:length], 40)
@@ -160,8 +158,7 @@ def test_every_request_skips_its_layers_share_of_1000_decoded_tokens(engine, mod
             "attention_skipping": {"ratio": 0.5, "substitute": "window", "schedule": {"kind": "linear"}},
         }
     )
-    for builder in engine.builders():
-        builder.use(config)
+    engine.use(config)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     code = tokenizer(inspect.getsource(textwrap))["input_ids"][:150]
     prompts = {"prose": tokens[:150], "code": code, "repetitive": tokenizer("one two three " * 60)["input_ids"][:150]}

@@ -31,7 +31,7 @@ class StepCounters:
     Attributes:
         tokens_seen: tokens computed by steps of the group.
         tokens_sealed: positions in chunks that were sealed.
-        tokens_pruned: positions among them that left the cache, as a mean over the group's filtered layers.
+        tokens_pruned: positions among them that left the cache.
         rows_filtered: rows that read a filtered cache.
         rows_dense: rows that read every token, by reason.
         seals: kernel calls.
@@ -44,8 +44,8 @@ class StepCounters:
     """
 
     tokens_seen: int = 0
-    tokens_sealed: float = 0
-    tokens_pruned: float = 0
+    tokens_sealed: int = 0
+    tokens_pruned: int = 0
     rows_filtered: int = 0
     rows_dense: Counter[str] = field(default_factory=Counter)
     seals: int = 0
@@ -62,10 +62,10 @@ class StepCounters:
         if filtered < rows:
             self.rows_dense[DenseReason.SHORT] += rows - filtered
 
-    def count_sealed(self, sealed: int, pruned: int, share: float) -> None:
-        """Add what one seal did in `share` of the group's filtered layers."""
-        self.tokens_sealed += sealed * share
-        self.tokens_pruned += pruned * share
+    def count_sealed(self, sealed: int, pruned: int) -> None:
+        """Add the positions of chunks that one seal sealed, and those among them that it pruned."""
+        self.tokens_sealed += sealed
+        self.tokens_pruned += pruned
 
     def count_reads(self, dense: int, filtered: int, num_layers: int, num_skipping: int) -> None:
         """Add the cache entries that a step's rows of one new token read.
@@ -84,7 +84,5 @@ class StepCounters:
         """The totals as plain types."""
         return {
             **vars(self),
-            "tokens_sealed": round(self.tokens_sealed),
-            "tokens_pruned": round(self.tokens_pruned),
             "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()},
         }

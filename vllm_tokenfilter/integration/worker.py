@@ -32,7 +32,7 @@ class WorkerStatus:
 
     def _token_filtering_builders(self) -> list[Any]:
         # Not before the worker has its device: these bring vLLM's backends along.
-        from vllm_tokenfilter.integration.cpu.backend import TokenFilteringMetadataBuilder
+        from vllm_tokenfilter.integration.cpu.builder import TokenFilteringMetadataBuilder
         from vllm_tokenfilter.integration.gpu.backend import FilteringBuilder
 
         ours = (TokenFilteringMetadataBuilder, FilteringBuilder)

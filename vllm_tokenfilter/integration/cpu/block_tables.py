@@ -53,21 +53,21 @@ def without_marks(
     return tables
 
 
-def point_new_tokens_at(
+def rewrite_slots(
+    slot_mapping: torch.Tensor,
     first_slots: NDArray[np.int64],
     query_lens: NDArray[np.int64],
     block_tables: NDArray[np.int32],
     block_size: int,
-    slot_mapping: torch.Tensor,
 ) -> None:
     """Give a step's new tokens the slots from `first_slots` on, in place: the forward holds the same tensor.
 
     Args:
+        slot_mapping: int64 [num_tokens], the new tokens' places in the cache; written.
         first_slots: [num_rows], the slot of each row's first new token.
         query_lens: [num_rows], new tokens.
         block_tables: [num_rows, max_blocks] without marks.
         block_size: tokens per block.
-        slot_mapping: int64 [num_tokens], the new tokens' places in the cache; written.
     """
     rows = np.repeat(np.arange(len(query_lens)), query_lens)
     starts = np.cumsum(query_lens) - query_lens

@@ -13,13 +13,14 @@ fewer than ranks are repeated on neighbouring ranks).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.attention import Attention
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
@@ -38,7 +39,7 @@ class DueSeals:
         num_tokens: int64, computed tokens once that step is done.
         first_chunk: int64, first due chunk.
         last_chunk: int64, one past the last due chunk.
-        own_chunk: int64, the first chunk the row seals itself; those before it came sealed from the prefix cache.
+        shared_chunks: int64, chunks the row took over sealed from the prefix cache; it seals those behind them itself.
     """
 
     rows: list[int]
@@ -46,7 +47,7 @@ class DueSeals:
     num_tokens: NDArray[np.int64]
     first_chunk: NDArray[np.int64]
     last_chunk: NDArray[np.int64]
-    own_chunk: NDArray[np.int64]
+    shared_chunks: NDArray[np.int64]
 
     @property
     def num_chunks(self) -> int:
@@ -85,13 +86,11 @@ class FilteredCache:
     total_kv_heads: int
 
     @classmethod
-    def over(
-        cls, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, total_kv_heads: int
-    ) -> "FilteredCache":
-        """View the layers' caches; see `view_paged_cache`."""
-        paged = view_paged_cache(caches, isa)
-        saved = np.zeros((len(caches), paged.num_blocks * paged.block_size), np.float32)
-        return cls(layer_indices, paged, saved, total_kv_heads)
+    def over(cls, layers: Mapping[int, Attention], isa: str, total_kv_heads: int) -> "FilteredCache":
+        """View the caches of layers, by index in the model; see `view_paged_cache`."""
+        paged = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
+        saved = np.zeros((len(layers), paged.num_blocks * paged.block_size), np.float32)
+        return cls(list(layers), paged, saved, total_kv_heads)
 
 
 def due_seals(
@@ -143,7 +142,7 @@ def seal(
         due.num_tokens,
         due.first_chunk,
         due.last_chunk,
-        due.own_chunk,
+        due.shared_chunks,
         layout,
         cpu.ScoreRule.of(config),
         np.array(cache.layer_indices, np.int64),

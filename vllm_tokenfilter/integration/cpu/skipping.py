@@ -5,20 +5,26 @@ values are in the cache: decide for every token, let vLLM's kernel attend for th
 substitute in place of the rest. A skipped row that decodes reads one entry of the cache instead of all; what attends
 for it otherwise is our own kernel. In a prefill row the same decisions change the output and save nothing.
 
-What a decision needs from the past is kept by physical slot (score and debt) or block (anchors, the mean of outputs),
-so that aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a block next writes
-before it reads. A seal carries it along with the raw tokens.
+What a decision needs from the past is carried from step to step by physical slot (score and debt) or block (anchors,
+the mean of outputs), so that aborts, preemption, reuse of blocks and prefix caching need no bookkeeping: whoever gets a
+block next writes before it reads. A seal moves it along with the raw tokens.
 
 Source: vllm/v1/attention/backends/cpu_attn.py (`CPUAttentionBackendImpl.forward`, `build`).
 """
 
-from collections.abc import Callable, Sequence
+import copy
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import vllm.envs as envs
 from numpy.typing import NDArray
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import StepCounters
@@ -33,27 +39,24 @@ _ENCODINGS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 class SkippingLayers:
-    """The layers of one layout that skip, with what is kept of their raw tokens."""
+    """The layers of one layout that skip, with what is carried of their raw tokens from step to step."""
 
-    def __init__(
-        self, layer_indices: list[int], caches: Sequence[torch.Tensor], isa: str, config: FilterConfig, num_layers: int
-    ) -> None:
+    def __init__(self, layers: Mapping[int, Attention], isa: str, config: FilterConfig, num_layers: int) -> None:
         """Allocate address space for the pool; memory is used only where tokens are.
 
         Args:
-            layer_indices: all layers of the layout; those with a ratio of 0 do not skip.
-            caches: their KV caches, as in `view_paged_cache`.
+            layers: all layers of the layout, by index in the model; those with a ratio of 0 do not skip.
             isa: the instruction-set name of the layers' CPU kernels.
             config: our settings.
             num_layers: layers of the model.
         """
         self.rule, self.substitute = skip.SkipRule.of(config), config.attention_skipping.substitute
-        self.paged: PagedCache = view_paged_cache(caches, isa)
+        self.paged: PagedCache = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
         units = config.skip_units(num_layers)
-        self.units = {index: units[index] for index in layer_indices}
-        self.places = {index: place for place, index in enumerate(layer_indices)}
-        self.kept = np.zeros((len(caches), self.paged.num_blocks * self.paged.block_size), np.int64)
-        self.anchors = np.zeros((len(caches), self.paged.num_blocks, self.paged.anchor_width), np.float32)
+        self.units = {index: units[index] for index in layers}
+        self.places = {index: place for place, index in enumerate(layers)}
+        self.carried = np.zeros((len(layers), self.paged.num_blocks * self.paged.block_size), np.int64)
+        self.anchors = np.zeros((len(layers), self.paged.num_blocks, self.paged.anchor_width), np.float32)
         self._means: NDArray[np.float32] | None = None
 
     def means(self, width: int) -> NDArray[np.float32]:
@@ -63,18 +66,18 @@ class SkippingLayers:
         return self._means
 
     def follow(self, due: DueSeals, layout: Layout) -> None:
-        """Let what is kept by block follow the newest tokens of the rows that were just sealed."""
+        """Let what is carried by block follow the newest tokens of the rows that were just sealed."""
         rows, size = np.arange(len(due.rows)), self.paged.block_size
         newest = due.num_tokens - 1 - due.first_chunk * layout.removed_per_chunk
         moved = newest - (due.last_chunk - due.first_chunk) * layout.removed_per_chunk
         target, source = (due.block_tables[rows, slots // size] for slots in (moved, newest))
-        for kept in (self.anchors, self._means):
-            if kept is not None:
-                kept[:, target] = kept[:, source]
+        for carried in (self.anchors, self._means):
+            if carried is not None:
+                carried[:, target] = carried[:, source]
 
 
 @dataclass
-class SkipStep:
+class CpuSkipStep:
     """One step of the layers of one layout.
 
     Attributes:
@@ -100,11 +103,11 @@ class SkipStep:
         block_tables: NDArray[np.int32],
         num_computed: NDArray[np.int64],
         query_lens: NDArray[np.int64],
-        shared: NDArray[np.int64],
+        shared_chunks: NDArray[np.int64],
         layout: Layout | None,
         metadata_for: Callable[[torch.Tensor], Any],
         counters: StepCounters,
-    ) -> "SkipStep":
+    ) -> "CpuSkipStep":
         """Describe a step.
 
         Args:
@@ -112,7 +115,7 @@ class SkipStep:
             block_tables: int32 [num_rows, max_blocks] without marks.
             num_computed: [num_rows], tokens before the step.
             query_lens: [num_rows], tokens of the step.
-            shared: [num_rows], chunks taken over sealed from the prefix cache.
+            shared_chunks: [num_rows], chunks taken over sealed from the prefix cache.
             layout: where the layers' tokens lie; None if they keep every token.
             metadata_for: see above.
             counters: of the group.
@@ -120,8 +123,8 @@ class SkipStep:
         if layout is None:
             removed = raw = np.zeros_like(num_computed)
         else:
-            removed = removed_tokens(num_computed, layout, shared)
-            raw = sealed_chunks(num_computed, layout, shared) * layout.kept_per_chunk
+            removed = removed_tokens(num_computed, layout, shared_chunks)
+            raw = sealed_chunks(num_computed, layout, shared_chunks) * layout.kept_per_chunk
         starts = np.zeros(len(query_lens) + 1, np.int64)
         np.cumsum(query_lens, out=starts[1:])
         slots = num_computed - removed
@@ -138,7 +141,7 @@ class SkipStep:
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
         whole = (slots + query_lens).astype(np.int32)
         step = skip.Step(
-            layers.paged, layers.rule, rows, layers.kept, layers.anchors, torch.get_num_threads(), whole, near
+            layers.paged, layers.rule, rows, layers.carried, layers.anchors, torch.get_num_threads(), whole, near
         )
         warm = int((query_lens - cold).sum())
         return cls(layers, step, torch.from_numpy(step.lengths), warm, metadata_for, counters)
@@ -206,3 +209,47 @@ class SkipStep:
         self.counters.attentions_decided += self.warm
         self.counters.attentions_skipped += num_skipped
         self.counters.reads_done += num_read
+
+
+@dataclass
+class SkippingMetadata(CPUAttentionMetadata):
+    """What the stock builder made, with the step for layers that skip attention."""
+
+    skip: CpuSkipStep | None = None
+
+
+def with_other_lengths(
+    builder: CPUAttentionMetadataBuilder, metadata: CPUAttentionMetadata, num_reqs: int
+) -> Callable[[torch.Tensor], CPUAttentionMetadata]:
+    """Makes metadata of a step with other `seq_lens`; the next call overwrites it.
+
+    Called in every layer, where the stock builder's description of a step would take as long as its schedule, the
+    only thing in it that depends on the lengths.
+
+    Args:
+        builder: what the metadata was made by.
+        metadata: of the step.
+        num_reqs: its rows.
+    """
+    made = copy.copy(metadata)
+    schedule = functools.partial(
+        ops.cpu_attn_get_scheduler_metadata,
+        num_reqs=num_reqs,
+        num_heads=builder.num_heads,
+        num_kv_heads=builder.num_kv_heads,
+        head_dim=builder.head_dim,
+        dtype=builder.dtype,
+        query_start_loc=metadata.query_start_loc,
+        causal=metadata.causal,
+        sliding_window_size=builder.window_size,
+        isa=builder.isa,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        dynamic_causal=metadata.dynamic_causal,
+        kv_cache_dtype=builder.kv_cache_dtype,
+    )
+
+    def with_lengths(seq_lens: torch.Tensor) -> CPUAttentionMetadata:
+        made.seq_lens, made.scheduler_metadata = seq_lens, schedule(seq_lens=seq_lens)
+        return made
+
+    return with_lengths

@@ -212,7 +212,7 @@ class FilteredSteps:
                 self._after_seal(due)
         self.counters.seals += 1
         chunks = due.plan.num_chunks
-        self.counters.count_sealed(chunks * self.layout.chunk_size, chunks * self.layout.removed_per_chunk, 1.0)
+        self.counters.count_sealed(chunks * self.layout.chunk_size, chunks * self.layout.removed_per_chunk)
 
     def seal(self, due: gpu.DueSeals, cache: gpu.GpuCache) -> Tensor:
         """Seal; see `kernels/gpu.seal_chunks`."""

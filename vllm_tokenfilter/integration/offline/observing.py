@@ -17,7 +17,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_tokenfilter.integration.cpu.sealing import DueSeals, SealedChunks
+from vllm_tokenfilter.integration.cpu.sealing import SealedChunks
 from vllm_tokenfilter.integration.offline.scoring import Consumer, ScoringEngine
 
 
@@ -44,7 +44,7 @@ def observe(engine: ScoringEngine, tokens: list[int], step_tokens: int, consumer
     rows: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     kept: dict[int, list[NDArray[np.bool_]]] = {}
 
-    def saw_seal(due: DueSeals, sealed: SealedChunks) -> None:
+    def saw_seal(sealed: SealedChunks) -> None:
         for layer, chunks in zip(sealed.layer_indices, sealed.kept, strict=True):
             for offsets in chunks:
                 stays = np.zeros(chunk_size, bool)
@@ -53,7 +53,7 @@ def observe(engine: ScoringEngine, tokens: list[int], step_tokens: int, consumer
 
     builders = engine.builders()
     for builder in builders:
-        builder._seal_due()  # what another sequence left
+        builder.seal_due()  # what another sequence left
     chunk_size = builders[0].config.chunk_size
     try:
         for builder in builders:
@@ -61,7 +61,7 @@ def observe(engine: ScoringEngine, tokens: list[int], step_tokens: int, consumer
         with _watched_writes(builders[0].vllm_config, rows):
             engine.feed([tokens], step_tokens, consumer)
         for builder in builders:
-            builder._seal_due()
+            builder.seal_due()
     finally:
         for builder in builders:
             builder.observer = None

@@ -19,7 +19,7 @@ import torch
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
-from vllm_tokenfilter.integration.cpu.backend import TokenFilteringMetadataBuilder
+from vllm_tokenfilter.integration.offline.mixed_layouts import MixedLayouts, OfflineBuilder
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.integration.status import merge
 
@@ -70,21 +70,22 @@ class ScoringEngine:
         self._ids = itertools.count()
         self._consumer: Consumer | None = None
         self._indices: dict[str, int] = {}
+        self._layouts = MixedLayouts(self._runner)
+        self._layouts.use(FilterConfig(pruning_ratio=0))
         self._watch_hidden_states()
 
     def use(self, config: FilterConfig) -> None:
-        """Filter by these settings from now on.
+        """Filter by these settings from now on; what is counted starts anew.
 
         Raises:
             UnsupportedError: the model or the engine cannot be served with them.
         """
         if reasons := refusals.unsupported_reasons(self._llm.llm_engine.vllm_config, config):
             raise UnsupportedError(reasons)
-        for builder in self.builders():
-            builder.use(config)
+        self._layouts.use(config)
 
     def status(self) -> dict[str, Any]:
-        """Settings in force and totals since start; see `worker.WorkerStatus`."""
+        """Settings in force and totals since `use`; see `worker.WorkerStatus`."""
         return merge([builder.status() for builder in self.builders()])
 
     def feed(self, sequences: Iterable[list[int]], step_tokens: int, consumer: Consumer) -> None:
@@ -117,11 +118,9 @@ class ScoringEngine:
                 engine.abort_request(list(self._indices))
             self._consumer = None
 
-    def builders(self) -> list[TokenFilteringMetadataBuilder]:
-        """The metadata builders of the worker, one per KV-cache group."""
-        groups = itertools.chain.from_iterable(self._runner.attn_groups)
-        builders = itertools.chain.from_iterable(group.metadata_builders for group in groups)
-        return [builder for builder in builders if isinstance(builder, TokenFilteringMetadataBuilder)]
+    def builders(self) -> list[OfflineBuilder]:
+        """The metadata builders of the worker, one for the layers of each layout."""
+        return self._layouts.builders()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, float32 [num_tokens, vocabulary], from hidden states [num_tokens, hidden_size]."""
