@@ -1,9 +1,11 @@
 # Everything a fresh machine needs: `make serve` and `make test` set up what they use and are quick the second time.
 # Variables: ARGS (passed on), PYTHON, VENV, TORCH_CPU_INDEX (where CPU torch comes from if pip's own sources lack it);
+# JOBS, how many workers of `make test` share its files (0: none, everything in one process);
 # GPU_PYTHON, the Python of an environment with vLLM for CUDA and this package, in place of the one made in GPU_VENV.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,7 +24,7 @@ verify: setup
 	$(BIN)/vllm-tokenfilter verify $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" $(ARGS)

@@ -1,12 +1,11 @@
 """Bad input to bench and eval ends in one sentence and status 2, before anything heavy starts."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-CLI = [sys.executable, "-m", "vllm_tokenfilter.cli.app"]
+from tests.command import run_command
+
 MODEL = ["--model", "nowhere"]
 CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2-135m.yaml")
 SAME_NAME = ["--config", CONFIG, "--config", CONFIG]
@@ -48,7 +47,7 @@ SAME_NAME = ["--config", CONFIG, "--config", CONFIG]
 )
 def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
     pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-    done = subprocess.run([*CLI, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = run_command(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("vllm-tokenfilter: ") and sentence in last
@@ -56,6 +55,6 @@ def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
 
 def test_a_result_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"precious": 1}')
-    done = subprocess.run([*CLI, "eval", *MODEL], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = run_command("eval", *MODEL, cwd=tmp_path)
     assert done.returncode == 2 and "must be a result file of the kind evaluation" in done.stderr
     assert (tmp_path / "eval.json").read_text() == '{"precious": 1}'

@@ -1,12 +1,11 @@
 """The plan: vLLM's start-up figures, predicted without vLLM."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.command import run_command
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import PlanError
 from vllm_tokenfilter.layout import stored_tokens
@@ -67,14 +66,11 @@ def config_file(tmp_path_factory):
     return path
 
 
-def plan(*arguments):
-    command = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "plan", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_weights_and_overhead_are_taken_off_the_gpu(config_file):
     pytest.importorskip("torch", reason="torch is not installed")
-    done = plan("--model-config", config_file, "--gpu-memory", 1, "--overhead", 0.5, "--context", 4096, "--json")
+    done = run_command(
+        "plan", "--model-config", config_file, "--gpu-memory", 1, "--overhead", 0.5, "--context", 4096, "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 128, 2 * 64
@@ -92,7 +88,7 @@ def test_the_settings_of_a_file_are_planned_for(config_file, tmp_path):
     settings = f"{{pruning_ratio: 0.375, chunk_size: 128, recent_window: 128, schedule: {schedule}}}"
     (tmp_path / "tuned.yaml").write_text(f"additional-config: {{token_filtering: {settings}}}")
     sizes = ("--gpu-memory", 1, "--overhead", 0.5, "--context", 4096)
-    done = plan("--model-config", config_file, *sizes, "--config", tmp_path / "tuned.yaml", "--json")
+    done = run_command("plan", "--model-config", config_file, *sizes, "--config", tmp_path / "tuned.yaml", "--json")
     assert done.returncode == 0, done.stderr
     stock, tuned = json.loads(done.stdout)["settings"]
     assert tuned["name"] == "tuned" and 1.3 < tuned["times_stock"] < 1.6 and stock["name"] == "stock vLLM"
@@ -111,10 +107,10 @@ def test_the_settings_of_a_file_are_planned_for(config_file, tmp_path):
     ],
 )
 def test_what_cannot_be_planned_ends_in_one_sentence(config_file, arguments, sentence):
-    done = plan("--model-config", config_file, "--context", "512", *arguments)
+    done = run_command("plan", "--model-config", config_file, "--context", "512", *arguments)
     assert done.returncode == 2 and sentence in done.stderr.strip().splitlines()[-1], done.stderr
 
 
 def test_a_model_that_is_not_there_ends_in_one_sentence(tmp_path):
-    done = plan("--model-config", tmp_path / "nowhere", "--context", "512", "--gpu-memory", "8")
+    done = run_command("plan", "--model-config", tmp_path / "nowhere", "--context", "512", "--gpu-memory", "8")
     assert done.returncode == 2 and "cannot be read" in done.stderr.strip().splitlines()[-1]

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import reference
+from tests.command import run_command
 from tests.tiny import tiny_model  # noqa: F401
 from vllm_tokenfilter.cli import tune
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.local.settings_file import read_settings
 from vllm_tokenfilter.tuning import tuner as tuning
-
-CLI = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "tune"]
 
 
 @pytest.fixture(scope="module")
@@ -117,13 +114,7 @@ def test_another_seed_asks_other_questions_of_other_text(tiny_model):  # noqa: F
 
 def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F811
     arguments = ["--model", tiny_model, "--length", "600", "--trials", "1", "--seed", "7", "--text", "builtin"]
-    done = subprocess.run(
-        [*CLI, *arguments, "--out", "tuned.yaml", "--json", "tuned.json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("tune", *arguments, "--out", "tuned.yaml", "--json", "tuned.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     config = read_settings(tmp_path / "tuned.yaml")
     found = json.loads((tmp_path / "tuned.json").read_text())

@@ -8,6 +8,7 @@ Source: lm_eval/api/model.py (`TemplateLM`), lm_eval/api/task.py (`custom_datase
 """
 
 import bz2
+import functools
 import json
 import logging
 import os
@@ -60,7 +61,6 @@ def prepare_task(name: str, data_dir: Path | None) -> Any:
     """
     require_lm_eval()
     from datasets import Dataset
-    from lm_eval.tasks import TaskManager
 
     local = data_dir / LOCAL_TASKS[name][0] if data_dir is not None and name in LOCAL_TASKS else None
     if local is not None and local.exists():
@@ -73,13 +73,21 @@ def prepare_task(name: str, data_dir: Path | None) -> Any:
             "metric_list": [{"metric": metric} for metric in ("acc", "acc_norm")],
             **LOCAL_TASKS[name][1],
         }
-    if name not in TaskManager().all_tasks:
+    if name not in _task_names():
         known = ", ".join(PAPER_TASKS)
         raise EvaluationError([f"task={name} is no task of lm-eval; use one of {known}, mmlu, or any other of its."])
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         wanted = f"{LOCAL_TASKS[name][0]} in --data-dir" if name in LOCAL_TASKS else "a connection to the hub"
         raise EvaluationError([f"task={name} has no data: it needs {wanted}, or HF_HUB_OFFLINE unset to download it."])
     return name
+
+
+@functools.cache
+def _task_names() -> frozenset[str]:
+    """Every task lm-eval knows; reading their definitions takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager().all_tasks)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
