@@ -3,6 +3,7 @@
 `python -m docs.render.pages [--check]`; `make docs`.
 """
 
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -131,15 +132,20 @@ def metrics_page() -> str:
     )
 
 
+@functools.cache
+def _results() -> dict[str, figures.Result]:
+    return load_results(RESULTS)
+
+
 def quality_plot() -> str:
     """docs/quality.svg: perplexity against ratio, every method."""
-    curves = figures.quality_curves([load_results(RESULTS)["perplexity_grid"]], 2048, 64)
+    curves = figures.quality_curves([_results()["perplexity_grid"]], 2048, 64)
     return plots.lines(curves, "pruning ratio", "perplexity relative to dense")
 
 
 def selection_plot() -> str:
     """docs/selection.svg: recall against loss of text, every setting tried."""
-    return plots.settings_tried(figures.selection_trials(load_results(RESULTS)["selection_trials"]))
+    return plots.settings_tried(figures.selection_trials(_results()["selection_trials"]))
 
 
 def _with_block(page: Path, name: str, block: str) -> str:
@@ -153,11 +159,11 @@ PAGES = {
     DOCS / "configuration.md": configuration_page,
     DOCS / "compatibility.md": compatibility_page,
     DOCS / "metrics.md": metrics_page,
-    DOCS / "results.md": lambda: results_page(load_results(RESULTS)),
+    DOCS / "results.md": lambda: results_page(_results()),
     DOCS / "quality.svg": quality_plot,
     DOCS / "selection.svg": selection_plot,
     DOCS / "architecture.md": lambda: _with_block(DOCS / "architecture.md", "files", files_block(ROOT)),
-    README: lambda: _with_block(README, "results", readme_block(load_results(RESULTS))),
+    README: lambda: _with_block(README, "results", readme_block(_results())),
 }
 
 

@@ -1,4 +1,4 @@
-"""Generated pages are current, and every relative link in the documentation leads somewhere."""
+"""Generated pages are current, and every link and file name in the documentation leads somewhere."""
 
 import re
 from pathlib import Path
@@ -18,12 +18,35 @@ def test_generated_pages_are_current():
     assert stale_pages() == [], "run `make docs`"
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+PAGES = pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+
+
+@PAGES
 def test_links_lead_somewhere(page):
     for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
         to = page.parent / target if target else page
         assert to.exists(), f"{page.name} links to {target}"
         assert not heading or heading in anchors(to.read_text()), f"{page.name} links to {target}#{heading}"
+
+
+@PAGES
+def test_files_that_are_named_exist(page):
+    """In backticks: a source file, or anything in a folder of the repository or the package."""
+    roots = (ROOT, ROOT / "vllm_tokenfilter")
+    for name in re.findall(r"`([\w./-]+)`", page.read_text()):
+        folder = name.partition("/")[0]
+        if name.endswith((".py", ".c", ".h")) or (folder and any((root / folder).is_dir() for root in roots)):
+            assert any((root / name).exists() for root in roots), f"{page.name} names {name}"
+
+
+def test_names_in_the_recipes_are_in_the_code():
+    sources = [path for folder in ("vllm_tokenfilter", "tests") for path in (ROOT / folder).rglob("*.*")]
+    words = {
+        word for path in sources if path.suffix in (".py", ".c", ".h") for word in re.findall(r"\w+", path.read_text())
+    }
+    for name in re.findall(r"`([\w.]+)`", (ROOT / "AGENTS.md").read_text()):
+        if not (ROOT / "vllm_tokenfilter" / name).exists() and not (ROOT / name).exists():
+            assert set(name.split(".")) <= words, f"AGENTS.md names {name}"
 
 
 def anchors(text):
