@@ -1,4 +1,4 @@
-"""Rival ways to choose what goes, under the same layout and budget, so that methods can be compared like with like.
+"""Baselines: other ways to choose what goes, under the same layout and budget, so that like is compared with like.
 
 Each returns the redundancy of one chunk's tokens, float32 [C]: **high goes, low stays**, as in filtering.py. The
 published methods choose per head; here a layer's heads share one choice, so their scores are averaged over heads.

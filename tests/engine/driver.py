@@ -97,9 +97,9 @@ class Engine:
         monkeypatch.setattr(sealing, "seal", watched_seal)
         decide = skip.decide_skips
 
-        def watched_decide(step, place, ratio_units):
-            skipped = decide(step, place, ratio_units)
-            self._saw_skips(step.rows, self._skipping_layer(step, place), skipped.copy())
+        def watched_decide(state, place, ratio_units):
+            skipped = decide(state, place, ratio_units)
+            self._saw_skips(state.rows, self._skipping_layer(state, place), skipped.copy())
             return skipped
 
         monkeypatch.setattr(skip, "decide_skips", watched_decide)
@@ -201,10 +201,10 @@ class Engine:
             for block in tables[row, first_own : -(-slots // size) + has_mark]:
                 self._writers[layers[0], block] = run
 
-    def _skipping_layer(self, step, place):
+    def _skipping_layer(self, state, place):
         """The layer whose scores these are."""
         for builder in self.builders():
-            if builder.skipping and builder.skipping.carried is step.kept:
+            if builder.skipping and builder.skipping.carried is state.carried:
                 return next(index for index, own in builder.skipping.places.items() if own == place)
         raise AssertionError("these scores belong to no layer")
 
@@ -215,7 +215,7 @@ class Engine:
     def _saw_seal(self, due, sealed):
         position = 0
         rows = self._rows_of_due.pop(id(due))
-        for row, first, last in zip(due.rows, due.first_chunk, due.last_chunk, strict=True):
+        for row, first, last in zip(due.plan.rows, due.plan.first_chunk, due.plan.last_chunk, strict=True):
             for chunk in range(first, last):
                 for layer, kept in zip(sealed.layer_indices, sealed.kept[:, position], strict=True):
                     rows[row].choice[layer, chunk] = kept.tolist()

@@ -55,7 +55,7 @@ def watch(seals, steps, skips):
     def watched_seal(self, due, cache):
         kept = seal(self, due, cache)
         task = 0
-        for row, first, last in zip(due.plan.rows, due.plan.first, due.plan.last, strict=True):
+        for row, first, last in zip(due.plan.rows, due.plan.first_chunk, due.plan.last_chunk, strict=True):
             for chunk in range(first, last):
                 for layer, offsets in zip(cache.layer_indices.tolist(), kept[:, task + chunk - first], strict=True):
                     seals.append([due_rows[row], layer, int(chunk), offsets.tolist()])

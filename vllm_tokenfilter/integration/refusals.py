@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
-from vllm_tokenfilter.kernels.gpu.seal import GPU_SELECTORS, MAX_CHUNK_SIZE
+from vllm_tokenfilter.kernels.rules import GPU_SELECTORS, MAX_CHUNK_SIZE
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)

@@ -18,21 +18,21 @@ class DuePlan:
     Attributes:
         rows: rows of the step.
         num_tokens: computed tokens once the step is done.
-        first: first due chunk.
-        last: one past the last due chunk.
+        first_chunk: first due chunk.
+        last_chunk: one past the last due chunk.
         num_blocks: entries of the block table the rows use.
     """
 
     rows: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
+    first_chunk: NDArray[np.int64]
+    last_chunk: NDArray[np.int64]
     num_blocks: int
 
     @property
     def num_chunks(self) -> int:
         """Chunks due over all rows."""
-        return int((self.last - self.first).sum())
+        return int((self.last_chunk - self.first_chunk).sum())
 
     @property
     def num_tasks(self) -> int:

@@ -1,7 +1,7 @@
 """One layer's seal of one request, written to be obviously right: the oracle of the tests. Slow.
 
-Works on a request's tokens in slot order, as plain tensors; `kernels/cpu.py` does the same in place in the
-paged cache for every layer and request of a step at once.
+Works on a request's tokens in slot order, as plain tensors; `kernels/cpu/seal.c` and `kernels/gpu` do the same
+in place in the paged cache for every layer and request of a step at once.
 """
 
 import torch
@@ -26,7 +26,7 @@ def seal_reference(
     Args:
         keys: [num_kv_heads, stored, head_size] in slot order: packed tokens, then raw ones.
         values: same shape.
-        first_redundancy: float32 [chunk_size] of `first_chunk`, kept from the seal before; None if it is
+        first_redundancy: float32 [chunk_size] of `first_chunk`, saved by the seal before; None if it is
             the first chunk the request seals itself, so that nothing raw comes before it.
         first_chunk: the first chunk to seal.
         last_chunk: one past the last chunk to seal; chunk `last_chunk` itself must be complete, and is scored.

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.kernels.cpu import seal as cpu
+from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, TABLE16, PagedCache
+from vllm_tokenfilter.kernels.cpu.seal import DueSeals, seal_chunks
+from vllm_tokenfilter.kernels.plan import DuePlan
 from vllm_tokenfilter.kernels.reference import seal_reference
+from vllm_tokenfilter.kernels.rules import SELECTOR_CODES, ScoreRule
 from vllm_tokenfilter.layout import Layout, stored_tokens
 
 CANARY = {torch.float32: 12345.0, torch.bfloat16: 12352.0, torch.float16: 12344.0}
@@ -18,7 +21,7 @@ UNSIGNED = {
     torch.bfloat16: (torch.int16, np.uint16),
     torch.float16: (torch.int16, np.uint16),
 }
-ENCODING = {torch.float32: cpu.FLOAT32, torch.bfloat16: cpu.BFLOAT16, torch.float16: cpu.TABLE16}
+ENCODING = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: TABLE16}
 
 
 def make_cache(dtype, num_layers, num_blocks, num_heads, block_size, head_size, transposed_keys):
@@ -29,7 +32,7 @@ def make_cache(dtype, num_layers, num_blocks, num_heads, block_size, head_size, 
     integer, unsigned = UNSIGNED[dtype]
     stride = num_heads * shape[-1]
     table = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
-    cache = cpu.PagedCache(
+    cache = PagedCache(
         elements=storage.view(integer).flatten().numpy().view(unsigned),
         encoding=ENCODING[dtype],
         widen_table=table if dtype == torch.float16 else np.zeros(1, np.float32),
@@ -63,6 +66,13 @@ def prose(num_layers, num_heads, num_tokens, head_size, dtype, seed):
     shape = (num_layers, num_heads, num_tokens, head_size)
     drift = torch.randn(shape, generator=generator).cumsum(2) * 0.2
     return drift.to(dtype), (torch.randn(shape, generator=generator) + drift).to(dtype)
+
+
+def due_seals(block_tables, num_tokens, first_chunk, last_chunk, shared_chunks):
+    """What is due of rows of such lengths."""
+    numbers = (np.array(x, np.int64) for x in (num_tokens, first_chunk, last_chunk))
+    plan = DuePlan(np.arange(len(num_tokens)), *numbers, block_tables.shape[1])
+    return DueSeals.snapshot(plan, block_tables, np.array(shared_chunks, np.int64))
 
 
 CASES = [
@@ -100,7 +110,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     layout = Layout(chunk, keep, window, sinks, terms)
     config = settings(layout, **RULES[name])
     assert config.layout == layout
-    rule = cpu.ScoreRule.of(config)
+    rule = ScoreRule.of(config)
     num_layers, lengths = 2, [window + chunk, window + 3 * chunk + 5, window + 6 * chunk - 1]
     per_row = -(-max(lengths) // block_size)
     storage, cache = make_cache(dtype, num_layers, 3 * per_row + 2, heads, block_size, dims, transposed)
@@ -116,19 +126,8 @@ def test_a_seal_equals_the_reference_and_touches_no_other_block(
     last = np.array([(length - window) // chunk for length in lengths])
     saved = np.zeros((num_layers, cache.num_blocks * block_size), np.float32)
 
-    chosen = cpu.seal_chunks(
-        cache,
-        saved,
-        tables,
-        np.array(lengths),
-        np.zeros(3, np.int64),
-        last,
-        np.zeros(3, np.int64),
-        layout,
-        rule,
-        np.arange(num_layers),
-        2,
-    )
+    due = due_seals(tables, lengths, [0, 0, 0], last, [0, 0, 0])
+    chosen = seal_chunks(cache, saved, due, layout, rule, np.arange(num_layers), 2)
 
     ends = np.cumsum(last)
     for row, (keys, values) in enumerate(rows):
@@ -164,12 +163,8 @@ def seal_in_steps(ends_of_steps, selector, dtype=torch.bfloat16):
         flat[value_places[:, stored:]] = values[0, :, computed:end]
         first, last = (max(0, (n - 100) // 64) for n in (computed, end))
         if last > first:
-            due = (np.array([end]), np.array([first]), np.array([last]), np.zeros(1, np.int64))
-            choices.extend(
-                cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule(selector), np.zeros(1, np.int64), 2)[
-                    0
-                ]
-            )
+            due = due_seals(tables, [end], [first], [last], [0])
+            choices.extend(seal_chunks(cache, saved, due, layout, ScoreRule(selector), np.zeros(1, np.int64), 2)[0])
         computed = end
     key_places, _ = places(cache, 0, tables[0], stored_tokens(total, layout))
     return np.stack(choices), flat[key_places].clone()
@@ -180,7 +175,7 @@ def seal_in_steps(ends_of_steps, selector, dtype=torch.bfloat16):
     [list(range(1, 901)), [*range(64, 900, 64), 900], [100, 612, 613, 900], [163, 164, 165, 228, 900]],
     ids=["token by token", "by 64", "uneven", "around the first seal"],
 )
-@pytest.mark.parametrize("selector", cpu.SELECTOR_CODES)
+@pytest.mark.parametrize("selector", SELECTOR_CODES)
 def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps, selector):
     whole_choice, whole_keys = seal_in_steps([900], selector)
     choice, keys = seal_in_steps(steps, selector)
@@ -188,7 +183,7 @@ def test_what_stays_does_not_depend_on_how_the_sequence_is_cut_into_steps(steps,
     assert torch.equal(keys, whole_keys)
 
 
-@pytest.mark.parametrize("selector", [name for name in cpu.SELECTOR_CODES if name != "recency"])
+@pytest.mark.parametrize("selector", [name for name in SELECTOR_CODES if name != "recency"])
 def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessors(selector):
     layout, shared, last, block_size, dims = Layout(64, 32, 64, 4, 64), 3, 5, 32, 16
     length = last * 64 + 64
@@ -199,8 +194,8 @@ def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessor
     key_places, value_places = places(cache, 0, tables[0], stored)
     flat[key_places], flat[value_places] = keys[0], values[0]
     saved = np.full((1, 12 * block_size), np.nan, np.float32)
-    due = (np.array([length]), np.array([shared]), np.array([last]), np.array([shared]))
-    chosen = cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule(selector), np.zeros(1, np.int64), 1)
+    due = due_seals(tables, [length], [shared], [last], [shared])
+    chosen = seal_chunks(cache, saved, due, layout, ScoreRule(selector), np.zeros(1, np.int64), 1)
     config = settings(layout, selector=selector)
     want_keys, want_values, _, want_choice = seal_reference(keys[0], values[0], None, shared, last, config)
     assert (chosen[0] == torch.stack(want_choice).numpy()).all()
@@ -214,19 +209,8 @@ def test_of_equal_redundancies_the_older_tokens_stay():
     layout = Layout(16, 5, 16, 2, 16)
     storage, cache = make_cache(torch.float32, 1, 4, 2, 16, 16, False)
     storage.fill_(0.0)
-    chosen = cpu.seal_chunks(
-        cache,
-        np.zeros((1, 64), np.float32),
-        np.arange(4, dtype=np.int32)[None],
-        np.array([32]),
-        np.array([0]),
-        np.array([1]),
-        np.array([0]),
-        layout,
-        cpu.ScoreRule(),
-        np.zeros(1, np.int64),
-        1,
-    )
+    due = due_seals(np.arange(4, dtype=np.int32)[None], [32], [0], [1], [0])
+    chosen = seal_chunks(cache, np.zeros((1, 64), np.float32), due, layout, ScoreRule(), np.zeros(1, np.int64), 1)
     assert chosen[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
@@ -237,9 +221,9 @@ def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
     keys, values = prose(1, 2, length, 8, torch.float32, 3)
     key_places, value_places = places(cache, 0, tables[0], length)
     storage.view(-1)[key_places], storage.view(-1)[value_places] = keys[0], values[0]
-    due = (np.array([length]), np.array([0]), np.array([5]), np.array([0]))
+    due = due_seals(tables, [length], [0], [5], [0])
     saved = np.zeros((1, 128), np.float32)
-    chosen = cpu.seal_chunks(cache, saved, tables, *due, layout, cpu.ScoreRule("recency"), np.zeros(1, np.int64), 1)
+    chosen = seal_chunks(cache, saved, due, layout, ScoreRule("recency"), np.zeros(1, np.int64), 1)
     stored = stored_tokens(length, layout)
     stay = [0, 1, 2, *range(length - stored + 3, length)]
     key_places, value_places = places(cache, 0, tables[0], stored)
@@ -253,7 +237,7 @@ def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
 def test_ranks_that_share_the_heads_choose_and_move_like_one(dtype, heads, replicas, name):
     layout = Layout(32, 16, 32, 4, 32)
     config = settings(layout, **RULES[name])
-    rule = cpu.ScoreRule.of(config)
+    rule = ScoreRule.of(config)
     lengths = [64, 32 + 4 * 32 + 9]
     # Row, tokens, first and last due chunk; the second row seals twice, so that saved scores are used too.
     steps = [(0, 64, 0, 1), (1, 100, 0, 2), (1, lengths[1], 2, 4)]
@@ -273,11 +257,10 @@ def test_ranks_that_share_the_heads_choose_and_move_like_one(dtype, heads, repli
 
     def seal(cache, saved, gather):
         return [
-            cpu.seal_chunks(
+            seal_chunks(
                 cache,
                 saved,
-                tables[row : row + 1],
-                *(np.array([number]) for number in (num_tokens, first, last, 0)),
+                due_seals(tables[row : row + 1], [num_tokens], [first], [last], [0]),
                 layout,
                 rule,
                 np.arange(2),

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from vllm_tokenfilter.kernels.cpu import seal as cpu
+from vllm_tokenfilter.kernels.cpu import cache as cpu
 from vllm_tokenfilter.kernels.cpu import skip
-from vllm_tokenfilter.kernels.cpu.seal import BFLOAT16, FLOAT32, PagedCache
+from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, PagedCache
+from vllm_tokenfilter.kernels.rules import SkipRule
 
 HEADS, DIMS, BLOCK, BLOCKS = 2, 32, 32, 40
 HISTORY, TERMS, WARMUP = 48, 32, 20
@@ -109,7 +110,7 @@ def rows_of(blocks, done, count):
 
 
 def make_room():
-    """What a layer keeps of its tokens, of one request at first."""
+    """What a layer carries for its tokens, of one request at first."""
     return np.zeros((1, BLOCKS * BLOCK), np.int64), np.zeros((1, BLOCKS, 2 * HEADS * DIMS), np.float32)
 
 
@@ -124,17 +125,17 @@ def text_of(kind, length):
 
 
 def decide(cache, blocks, length, steps, ratio):
-    """Feed `length` tokens in `steps`; the decisions, and the scores kept."""
-    rule = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16)
-    kept, anchors = make_room()
+    """Feed `length` tokens in `steps`; the decisions, and the scores carried."""
+    rule = SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16)
+    carried, anchors = make_room()
     decisions, done = [], 0
     while done < length:
         count = min(steps[len(decisions) % len(steps)], length - done)
-        step = skip.Step(cache, rule, rows_of(blocks, done, count), kept, anchors, 2)
-        decisions.append(skip.decide_skips(step, 0, round(ratio * 10000)))
+        state = skip.SkipState(cache, rule, rows_of(blocks, done, count), carried, anchors, 2)
+        decisions.append(skip.decide_skips(state, 0, round(ratio * 10000)))
         done += count
     slots = np.arange(length)
-    scores = kept[0, blocks[slots // BLOCK] * BLOCK + slots % BLOCK].view(np.float32).reshape(-1, 2)[:, 0]
+    scores = carried[0, blocks[slots // BLOCK] * BLOCK + slots % BLOCK].view(np.float32).reshape(-1, 2)[:, 0]
     return np.concatenate(decisions).astype(bool), scores
 
 
@@ -194,14 +195,14 @@ def test_whoever_takes_over_full_blocks_goes_on_as_their_owner(first):
     blocks, others = np.arange(10), np.array([0, 1, *range(20, 28)])
     keys, values = text_of("drifting", 320)
     owner, taker = (make_cache(keys, values, table) for table in (blocks, others))
-    rule, room = skip.SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16), make_room()
+    rule, room = SkipRule(TERMS, "variance_aware", 0.9, HISTORY, WARMUP, 4, 16), make_room()
 
     def feed(cache, table, done, length, steps):
         decisions = []
         while done < length:
             count = min(steps[len(decisions) % len(steps)], length - done)
-            step = skip.Step(cache, rule, rows_of(table, done, count), *room, 2)
-            decisions.append(skip.decide_skips(step, 0, 5000))
+            state = skip.SkipState(cache, rule, rows_of(table, done, count), *room, 2)
+            decisions.append(skip.decide_skips(state, 0, 5000))
             done += count
         return np.concatenate(decisions)
 
@@ -221,13 +222,13 @@ def test_what_lies_behind_the_newest_token_may_be_anything(name, encoding):
 
 def attend(cache, blocks, slot, window, query, softcap=0.0):
     """The substitute "window" for one token, float32 [query heads, dims]."""
-    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, window)
-    step = skip.Step(cache, rule, rows_of(blocks, slot, 1), *make_room(), 2)
-    step.skipped[:] = 1
+    rule = SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, window)
+    state = skip.SkipState(cache, rule, rows_of(blocks, slot, 1), *make_room(), 2)
+    state.skipped[:] = 1
     out = torch.full_like(query, float("nan"))
     encoding = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}[query.dtype]
     addresses = query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0)
-    skip.attend_window(step, 0, query.shape[1] // HEADS, 0.3, softcap, *addresses, encoding)
+    skip.attend_window(state, 0, query.shape[1] // HEADS, 0.3, softcap, *addresses, encoding)
     return out[0].float().numpy()
 
 
@@ -252,16 +253,16 @@ def test_the_window_is_plain_attention_to_sinks_and_newest(slot, window, softcap
 
 def test_a_skipped_row_of_the_step_is_cleared_and_no_other():
     cache, blocks = make_cache(*text_of("drifting", 64), np.arange(2)), np.arange(2)
-    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
-    step = skip.Step(cache, rule, rows_of(blocks, 10, 4), *make_room(), 2)
-    step.skipped[:] = [0, 1, 1, 0]
+    rule = SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
+    state = skip.SkipState(cache, rule, rows_of(blocks, 10, 4), *make_room(), 2)
+    state.skipped[:] = [0, 1, 1, 0]
     out = torch.ones(5, 3, 2, dtype=torch.bfloat16)  # padded by one row
-    skip.clear_skipped(step, out.data_ptr(), out.stride(0) * out.element_size())
+    skip.clear_skipped(state, out.data_ptr(), out.stride(0) * out.element_size())
     assert out.sum((1, 2)).tolist() == [6, 0, 0, 6, 6]
 
 
 def test_means_of_outputs_go_on_across_steps_and_blocks():
-    rule = skip.SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
+    rule = SkipRule(TERMS, "mean", 0.9, HISTORY, 1, 4, 16)
     blocks = np.array([5, 2, 9])
     cache = make_cache(*text_of("drifting", 96), blocks)
     draw = np.random.default_rng(0)
@@ -269,9 +270,9 @@ def test_means_of_outputs_go_on_across_steps_and_blocks():
     means, found, done = np.zeros((BLOCKS, 7), np.float32), [], 0
     for count in (40, 1, 1, 30, 18):
         part = outputs[done : done + count].copy()
-        step = skip.Step(cache, rule, rows_of(blocks, done, count), *make_room(), 2)
-        step.skipped[:] = skipped[done : done + count]
-        skip.average_outputs(step, means, part)
+        state = skip.SkipState(cache, rule, rows_of(blocks, done, count), *make_room(), 2)
+        state.skipped[:] = skipped[done : done + count]
+        skip.average_outputs(state, means, part)
         found.append(part)
         done += count
     mean, weight = np.zeros(6), 0.0

@@ -75,7 +75,7 @@ from tests.gpu_dryrun import pretend_cuda
 del os.environ["TRITON_INTERPRET"]  # the compiler is what is looked at
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.gpu import triton_seal
-from vllm_tokenfilter.kernels.cpu.seal import ScoreRule
+from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.layout import Layout
 

@@ -9,10 +9,11 @@ import torch
 
 from tests.kernels.cpu import test_seal as cpu_caches
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.kernels.cpu import seal as cpu
+from vllm_tokenfilter.kernels.cpu.seal import seal_chunks
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.reference import seal_reference
+from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
@@ -83,7 +84,7 @@ def seal(layers, tables, lengths, computed, shared, layout, rule, cache=None, ga
     tables, shared = torch.from_numpy(tables).to(device), torch.tensor(shared, dtype=torch.int32, device=device)
     kept = gpu.seal_chunks(cache, gpu.DueSeals.snapshot(plan, tables, shared), layout, rule, gather).cpu()
     found, task = {}, 0
-    for row, first, last in zip(plan.rows, plan.first, plan.last, strict=True):
+    for row, first, last in zip(plan.rows, plan.first_chunk, plan.last_chunk, strict=True):
         found[int(row)] = {chunk: kept[:, task + chunk - first] for chunk in range(first, last)}
         assert (kept[:, task + last - first] == -1).all()
         task += last - first + 1
@@ -120,7 +121,7 @@ def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name, devic
             write(layer, tables[row], 0, keys, values)
     before = [bits(layer).clone() for layer in layers]
 
-    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, cpu.ScoreRule.of(config))
+    cache, found = seal(layers, tables, lengths, [0, 0, 0], [0, 0, 0], layout, ScoreRule.of(config))
 
     assert sorted(found) == [0, 2], "a row below the window and a chunk is left alone"
     for row in (0, 2):
@@ -149,16 +150,15 @@ def test_a_seal_equals_the_reference_and_touches_no_other_slot(case, name, devic
 @pytest.mark.parametrize("selector", ["anchor", "keydiff", "random", "value_key_norm"])
 def test_the_cpu_path_chooses_the_same_tokens(selector, device):
     layout, heads, dims, size, length = Layout(64, 32, 64, 4, 64), 3, 64, 16, 700
-    num_blocks, rule, last = -(-length // size), cpu.ScoreRule(selector), (length - 64) // 64
+    num_blocks, rule, last = -(-length // size), ScoreRule(selector), (length - 64) // 64
     table = np.random.default_rng(2).permutation(num_blocks).astype(np.int32)[None]
     keys, values = prose(heads, length, dims, torch.bfloat16, 13)
     storage, cache = cpu_caches.make_cache(torch.bfloat16, 1, num_blocks, heads, size, dims, True)
     key_places, value_places = cpu_caches.places(cache, 0, table[0], length)
     storage.view(-1)[key_places], storage.view(-1)[value_places] = keys, values
-    none = np.zeros(1, np.int64)
-    ends = np.array([length]), none, np.array([last]), none
+    due = cpu_caches.due_seals(table, [length], [0], [last], [0])
     saved = np.zeros((1, num_blocks * size), np.float32)
-    on_cpu = cpu.seal_chunks(cache, saved, table, *ends, layout, rule, none, 1)[0]
+    on_cpu = seal_chunks(cache, saved, due, layout, rule, np.zeros(1, np.int64), 1)[0]
     layers = make_layers(torch.bfloat16, 1, num_blocks, heads, size, dims, True, device)
     write(layers[0], table[0], 0, keys, values)
     _, found = seal(layers, table, [length], [0], [0], layout, rule)
@@ -176,7 +176,7 @@ def in_steps(ends, selector, device):
     for end in ends:
         write(layers[0], table[0], stored_tokens(computed, layout), keys[:, computed:end], values[:, computed:end])
         if (end - 100) // 64 > max(0, (computed - 100) // 64):
-            cache, found = seal(layers, table, [end], [computed], [0], layout, cpu.ScoreRule(selector), cache)
+            cache, found = seal(layers, table, [end], [computed], [0], layout, ScoreRule(selector), cache)
             kept.update({chunk: choice[0].tolist() for chunk, choice in found[0].items()})
         computed = end
     return kept, read(layers[0], table[0], stored_tokens(total, layout))[0].clone()
@@ -200,7 +200,7 @@ def test_chunks_taken_over_sealed_are_left_alone_and_the_next_has_no_predecessor
     stored = stored_tokens(computed, layout, shared) + length - computed
     keys, values = prose(2, stored, dims, torch.float32, 5)
     write(layers[0], table[0], 0, keys, values)
-    _, found = seal(layers, table, [length], [computed], [shared], layout, cpu.ScoreRule())
+    _, found = seal(layers, table, [length], [computed], [shared], layout, ScoreRule())
     if shared >= last:
         want_keys = keys
     else:
@@ -217,11 +217,11 @@ def test_of_equal_redundancies_the_older_tokens_stay_and_no_number_goes_first(de
     layers = make_layers(torch.float32, 1, 4, 2, 16, 16, False, device)
     layers[0].fill_(0.0)
     table = np.arange(4, dtype=np.int32)[None]
-    _, found = seal(layers, table, [32], [0], [0], layout, cpu.ScoreRule())
+    _, found = seal(layers, table, [32], [0], [0], layout, ScoreRule())
     assert found[0][0][0].tolist() == [0, 1, 2, 3, 4]
     layers[0].fill_(0.0)
     layers[0][0, :, 3] = float("nan")
-    _, found = seal(layers, table, [32], [0], [0], layout, cpu.ScoreRule("key_norm"))
+    _, found = seal(layers, table, [32], [0], [0], layout, ScoreRule("key_norm"))
     assert found[0][0][0].tolist() == [0, 1, 2, 4, 5]
 
 
@@ -231,7 +231,7 @@ def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all(device):
     keys, values = prose(heads, length, dims, torch.bfloat16, 11)
     whole = make_layers(torch.bfloat16, 1, 20, heads, 16, dims, True, device)
     write(whole[0], table[0], 0, keys, values)
-    _, all_heads = seal(whole, table, [length], [0], [0], layout, cpu.ScoreRule())
+    _, all_heads = seal(whole, table, [length], [0], [0], layout, ScoreRule())
     sent = []
     ranks = [make_layers(torch.bfloat16, 1, 20, 2, 16, dims, True, device) for _ in range(2)]
 
@@ -242,10 +242,10 @@ def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all(device):
 
     fill()
     for layers in ranks:  # what each rank would send
-        seal(layers, table, [length], [0], [0], layout, cpu.ScoreRule(), gather=lambda x: sent.append(x.clone()) or x)
+        seal(layers, table, [length], [0], [0], layout, ScoreRule(), gather=lambda x: sent.append(x.clone()) or x)
     fill()
     for layers in ranks:
-        _, found = seal(layers, table, [length], [0], [0], layout, cpu.ScoreRule(), gather=lambda _: torch.cat(sent, 2))
+        _, found = seal(layers, table, [length], [0], [0], layout, ScoreRule(), gather=lambda _: torch.cat(sent, 2))
         assert {c: k.tolist() for c, k in found[0].items()} == {c: k.tolist() for c, k in all_heads[0].items()}
 
 

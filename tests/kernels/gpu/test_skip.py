@@ -6,11 +6,12 @@ import torch
 
 from tests import reference
 from tests.kernels.gpu.test_seal import make_layers, prose, read, write
-from vllm_tokenfilter.kernels.cpu import seal as cpu
 from vllm_tokenfilter.kernels.cpu import skip
+from vllm_tokenfilter.kernels.cpu.cache import FLOAT32, PagedCache
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.gpu import skip as gpu_skip
 from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.kernels.rules import ScoreRule, SkipRule
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
 pytest.importorskip("triton")
@@ -79,7 +80,7 @@ class Group:
 
     def seal(self):
         if self.due is not None:
-            gpu.seal_chunks(self.seal_cache, self.due, self.layout, cpu.ScoreRule())
+            gpu.seal_chunks(self.seal_cache, self.due, self.layout, ScoreRule())
             gpu_skip.follow_seals(self.kept, self.due, self.layout)
             self.due = None
 
@@ -136,7 +137,7 @@ CASES = [
 def test_decisions_over_hundreds_of_decoded_tokens_follow_the_formulas_and_the_cpu(case):
     length, dtype, heads, dims, size, heads_first, ratio, fusion, history, terms = case
     warmup = 20
-    rule = skip.SkipRule(terms, fusion, 0.9, history, warmup, 4, 16)
+    rule = SkipRule(terms, fusion, 0.9, history, warmup, 4, 16)
     group, texts = group_of(dtype, heads, dims, size, heads_first, length, rows=1, rule=rule)
     found = []
     for count in (70, 1, 15, *[1] * (length - 86)):
@@ -165,9 +166,9 @@ def cpu_decisions(keys, values, rule, ratio):
     heads, length, dims = keys.shape
     storage = torch.stack([keys, values], 2)  # one block
     tokens, dim = np.arange(length, dtype=np.int64) * 2 * dims, np.arange(dims, dtype=np.int64)
-    cache = cpu.PagedCache(
+    cache = PagedCache(
         elements=storage.view(torch.int32).flatten().numpy().view(np.uint32),
-        encoding=cpu.FLOAT32,
+        encoding=FLOAT32,
         widen_table=np.zeros(1, np.float32),
         layer_starts=np.zeros(1, np.int64),
         block_stride=heads * length * 2 * dims,
@@ -181,14 +182,14 @@ def cpu_decisions(keys, values, rule, ratio):
     )
     numbers = ([0, length], [0], [0], [0])
     rows = skip.SkipRows(np.zeros((1, 1), np.int32), *(np.array(x, np.int64) for x in numbers))
-    kept, anchors = np.zeros((1, length), np.int64), np.zeros((1, 1, cache.anchor_width), np.float32)
-    step = skip.Step(cache, rule, rows, kept, anchors, 1)
-    return torch.from_numpy(skip.decide_skips(step, 0, round(ratio * UNITS))).bool()
+    carried, anchors = np.zeros((1, length), np.int64), np.zeros((1, 1, cache.anchor_width), np.float32)
+    state = skip.SkipState(cache, rule, rows, carried, anchors, 1)
+    return torch.from_numpy(skip.decide_skips(state, 0, round(ratio * UNITS))).bool()
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.95])
 def test_the_share_is_met_within_two_points_though_every_token_is_more_redundant_than_the_last(ratio):
-    rule = skip.SkipRule(8, "variance_aware", 0.9, 32, 10, 4, 16)
+    rule = SkipRule(8, "variance_aware", 0.9, 32, 10, 4, 16)
     group, texts = group_of(torch.float32, 1, 16, 32, True, 610, rows=1, rule=rule)
     noise = torch.randn(2, 1, 610, 16, generator=torch.Generator().manual_seed(0))
     texts[0][0] = tuple(1 + noise * torch.linspace(4, 0, 610).exp()[:, None] / 50)
@@ -201,7 +202,7 @@ def test_the_share_is_met_within_two_points_though_every_token_is_more_redundant
 
 @pytest.mark.parametrize("decoding", [True, False])
 def test_how_a_text_is_cut_into_steps_or_launched_changes_no_decision(decoding):
-    rule = skip.SkipRule(16, "variance_aware", 0.9, 40, 10, 4, 16)
+    rule = SkipRule(16, "variance_aware", 0.9, 40, 10, 4, 16)
 
     def decide(steps):
         group, texts = group_of(torch.float32, 2, 32, 16, True, 80, rows=1, rule=rule)
@@ -216,7 +217,7 @@ def test_how_a_text_is_cut_into_steps_or_launched_changes_no_decision(decoding):
 
 def test_decisions_go_on_over_seals_in_every_layer():
     layout = Layout(16, 8, 32, 4, 16)
-    rule, length = skip.SkipRule(16, "variance_aware", 0.9, 32, 20, 4, 16), 110
+    rule, length = SkipRule(16, "variance_aware", 0.9, 32, 20, 4, 16), 110
     group, texts = group_of(torch.bfloat16, 1, 32, 16, True, length, num_layers=2, rule=rule, layout=layout)
     own = reference.Settings(W=32, M=16, skip=(0.5, 0.3), warmup=20)
     found = {(row, layer): [] for row in range(2) for layer in range(2)}
@@ -237,7 +238,7 @@ def test_decisions_go_on_over_seals_in_every_layer():
 
 
 def test_tokens_that_go_nowhere_are_left_alone_and_counted_nowhere():
-    rule = skip.SkipRule(8, "variance_aware", 0.9, 16, 1, 4, 16)
+    rule = SkipRule(8, "variance_aware", 0.9, 16, 1, 4, 16)
     group, texts = group_of(torch.float32, 2, 16, 16, True, 64, rows=1, rule=rule)
     feed(group, texts, [40])
     group.step([40], 0.5)
@@ -264,7 +265,7 @@ def test_tokens_that_go_nowhere_are_left_alone_and_counted_nowhere():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_substitute_none_is_zero_and_nothing_else_changes(dtype):
-    rule = skip.SkipRule(8, "variance_aware", 0.9, 16, 1, 4, 16)
+    rule = SkipRule(8, "variance_aware", 0.9, 16, 1, 4, 16)
     group, texts = group_of(torch.float32, 2, 16, 16, True, 64, rows=2, rule=rule)
     feed(group, texts, [40, 30])
     before = torch.randn(72, 32, dtype=dtype)
@@ -277,7 +278,7 @@ def test_the_substitute_none_is_zero_and_nothing_else_changes(dtype):
 @pytest.mark.parametrize("window, softcap", [(16, 0.0), (1, 0.0), (400, 0.0), (40, 5.0)])
 @pytest.mark.parametrize("heads, group_size, dims, size", [(2, 3, 32, 16), (1, 1, 80, 32)])
 def test_the_window_is_plain_attention_to_sinks_and_newest(window, softcap, heads, group_size, dims, size):
-    rule = skip.SkipRule(8, "mean", 0.9, 16, 1, 4, window)
+    rule = SkipRule(8, "mean", 0.9, 16, 1, 4, window)
     group, texts = group_of(
         torch.float32, heads, dims, size, False, 60, rule=rule, substitute="window", num_heads=heads * group_size
     )
@@ -307,7 +308,7 @@ def test_the_window_is_plain_attention_to_sinks_and_newest(window, softcap, head
 
 
 def test_the_windows_keys_and_values_of_an_fp8_cache_are_scaled():
-    rule = skip.SkipRule(8, "mean", 0.9, 16, 1, 4, 16)
+    rule = SkipRule(8, "mean", 0.9, 16, 1, 4, 16)
     group, texts = group_of(torch.float8_e4m3fn, 1, 32, 16, True, 40, rows=1, rule=rule, substitute="window")
     feed(group, texts, [40])
     queries, plain, scaled = torch.randn(42, 1, 32), torch.zeros(42, 32), torch.zeros(42, 32)
@@ -324,7 +325,7 @@ def test_the_windows_keys_and_values_of_an_fp8_cache_are_scaled():
 
 @pytest.mark.parametrize("layout", [None, Layout(16, 8, 32, 4, 16)], ids=["dense", "filtered"])
 def test_means_of_outputs_go_on_across_steps_blocks_and_seals(layout):
-    rule, length = skip.SkipRule(8, "mean", 0.9, 48, 20, 4, 16), 110
+    rule, length = SkipRule(8, "mean", 0.9, 48, 20, 4, 16), 110
     group, texts = group_of(
         torch.float32, 1, 80, 16, True, length, rule=rule, substitute="running_output", layout=layout, num_heads=2
     )

@@ -35,6 +35,8 @@ from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
 from vllm_tokenfilter.integration.lifecycle import log_totals_at_end
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
+from vllm_tokenfilter.kernels.cpu.seal import DueSeals
+from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.layout import removed_tokens, shares_prefixes
 
 
@@ -75,7 +77,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         for name, layer in layers.items():
             index = extract_layer_index(name)
             layer.impl.skips = index if index in skipping else None
-        self.due: sealing.DueSeals | None = None
+        self.due: DueSeals | None = None
         self.skipping: SkippingLayers | None = None
         self._cache: sealing.FilteredCache | None = None
         # Chunks can come sealed from the prefix cache only where blocks follow what is stored.
@@ -122,7 +124,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
                     tables = block_tables.without_marks(tables, shared_chunks, self.block_size, layout)
                     common = common.replace(block_table_tensor=torch.from_numpy(tables))
             removed = removed_tokens(num_computed, layout, shared_chunks)
-            self.due = sealing.due_seals(seq_lens, num_computed, shared_chunks, tables, self.block_size, layout)
+            plan = plan_seals(num_computed, seq_lens, self.block_size, layout, shared_chunks)
+            self.due = None if plan is None else DueSeals.snapshot(plan, tables, shared_chunks)
             if removed.any():
                 first_slots, stored = num_computed - removed, seq_lens - removed
                 block_tables.rewrite_slots(common.slot_mapping, first_slots, query_lens, tables, self.block_size)
@@ -163,7 +166,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             self.skipping.follow(due, layout)
         self.counters.seals += 1
         self.counters.seal_seconds += time.perf_counter() - started
-        chunks = due.num_chunks
+        chunks = due.plan.num_chunks
         self.counters.count_sealed(chunks * layout.chunk_size, chunks * layout.removed_per_chunk)
         return sealed
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vllm import _custom_ops as ops
 
 from vllm_tokenfilter.errors import UnsupportedError
-from vllm_tokenfilter.kernels.cpu.seal import BFLOAT16, FLOAT32, TABLE16, PagedCache
+from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, TABLE16, PagedCache
 
 _BITS = {
     torch.float32: (torch.int32, np.uint32, FLOAT32),

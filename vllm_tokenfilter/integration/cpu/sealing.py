@@ -24,35 +24,10 @@ from vllm.model_executor.layers.attention import Attention
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
-from vllm_tokenfilter.kernels.cpu import seal as cpu
-from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache
+from vllm_tokenfilter.kernels.cpu.seal import DueSeals, seal_chunks
+from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout
-
-
-@dataclass(frozen=True)
-class DueSeals:
-    """The rows of a step that have chunks to seal; arrays are host copies, one entry per such row.
-
-    Attributes:
-        rows: row indices in the step that made them due.
-        block_tables: int32 [num_due_rows, max_blocks].
-        num_tokens: int64, computed tokens once that step is done.
-        first_chunk: int64, first due chunk.
-        last_chunk: int64, one past the last due chunk.
-        shared_chunks: int64, chunks the row took over sealed from the prefix cache; it seals those behind them itself.
-    """
-
-    rows: list[int]
-    block_tables: NDArray[np.int32]
-    num_tokens: NDArray[np.int64]
-    first_chunk: NDArray[np.int64]
-    last_chunk: NDArray[np.int64]
-    shared_chunks: NDArray[np.int64]
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks due over all rows."""
-        return int((self.last_chunk - self.first_chunk).sum())
 
 
 @dataclass(frozen=True)
@@ -81,7 +56,7 @@ class FilteredCache:
     """
 
     layer_indices: list[int]
-    paged: cpu.PagedCache
+    paged: PagedCache
     saved_redundancy: NDArray[np.float32]
     total_kv_heads: int
 
@@ -91,32 +66,6 @@ class FilteredCache:
         paged = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
         saved = np.zeros((len(layers), paged.num_blocks * paged.block_size), np.float32)
         return cls(list(layers), paged, saved, total_kv_heads)
-
-
-def due_seals(
-    seq_lens: NDArray[np.int64],
-    num_computed: NDArray[np.int64],
-    shared_chunks: NDArray[np.int64],
-    block_tables: NDArray[np.int32],
-    block_size: int,
-    layout: Layout,
-) -> DueSeals | None:
-    """What a step makes due, or None.
-
-    Args:
-        seq_lens: [num_reqs], tokens once the step is done.
-        num_computed: [num_reqs], tokens before it.
-        shared_chunks: [num_reqs], chunks taken over sealed from the prefix cache.
-        block_tables: [num_reqs, max_blocks] without marks, copied where needed.
-        block_size: tokens per block.
-        layout: the layout's integers.
-    """
-    plan = plan_seals(num_computed, seq_lens, block_size, layout, shared_chunks)
-    if plan is None:
-        return None
-    rows = plan.rows
-    tables = block_tables[rows, : plan.num_blocks].copy()
-    return DueSeals(rows.tolist(), tables, plan.num_tokens, plan.first, plan.last, shared_chunks[rows])
 
 
 def seal(
@@ -133,18 +82,14 @@ def seal(
         cache: the filtered layers' cache, all of one layout.
         layout: that layout.
         config: how tokens are ranked.
-        carried: see `cpu.seal_chunks`.
+        carried: see `seal_chunks`.
     """
-    kept = cpu.seal_chunks(
+    kept = seal_chunks(
         cache.paged,
         cache.saved_redundancy,
-        due.block_tables,
-        due.num_tokens,
-        due.first_chunk,
-        due.last_chunk,
-        due.shared_chunks,
+        due,
         layout,
-        cpu.ScoreRule.of(config),
+        ScoreRule.of(config),
         np.array(cache.layer_indices, np.int64),
         torch.get_num_threads(),
         None if cache.paged.num_kv_heads == cache.total_kv_heads else functools.partial(_gather_heads, cache),

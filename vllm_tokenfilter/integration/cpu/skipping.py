@@ -29,9 +29,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
-from vllm_tokenfilter.integration.cpu.sealing import DueSeals
 from vllm_tokenfilter.kernels.cpu import skip
-from vllm_tokenfilter.kernels.cpu.seal import BFLOAT16, FLOAT32, PagedCache
+from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, PagedCache
+from vllm_tokenfilter.kernels.cpu.seal import DueSeals
+from vllm_tokenfilter.kernels.rules import SkipRule
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
 #: How the kernels read and write a tensor; of other dtypes they get copies.
@@ -50,7 +51,7 @@ class SkippingLayers:
             config: our settings.
             num_layers: layers of the model.
         """
-        self.rule, self.substitute = skip.SkipRule.of(config), config.attention_skipping.substitute
+        self.rule, self.substitute = SkipRule.of(config), config.attention_skipping.substitute
         self.paged: PagedCache = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
         units = config.skip_units(num_layers)
         self.units = {index: units[index] for index in layers}
@@ -67,9 +68,9 @@ class SkippingLayers:
 
     def follow(self, due: DueSeals, layout: Layout) -> None:
         """Let what is carried by block follow the newest tokens of the rows that were just sealed."""
-        rows, size = np.arange(len(due.rows)), self.paged.block_size
-        newest = due.num_tokens - 1 - due.first_chunk * layout.removed_per_chunk
-        moved = newest - (due.last_chunk - due.first_chunk) * layout.removed_per_chunk
+        plan, rows, size = due.plan, np.arange(len(due.plan.rows)), self.paged.block_size
+        newest = plan.num_tokens - 1 - plan.first_chunk * layout.removed_per_chunk
+        moved = newest - (plan.last_chunk - plan.first_chunk) * layout.removed_per_chunk
         target, source = (due.block_tables[rows, slots // size] for slots in (moved, newest))
         for carried in (self.anchors, self._means):
             if carried is not None:
@@ -82,16 +83,16 @@ class CpuSkipStep:
 
     Attributes:
         layers: the layers.
-        step: the same for the kernels.
-        lengths: `step.lengths` as vLLM's kernel takes them.
+        state: the same for the kernels.
+        read_lens: `state.read_lens` as vLLM's kernel takes them.
         warm: tokens of the step behind the warm-up.
         metadata_for: stock metadata of the step with other `seq_lens`; may be the same object in every layer.
         counters: of the group.
     """
 
     layers: SkippingLayers
-    step: skip.Step
-    lengths: torch.Tensor
+    state: skip.SkipState
+    read_lens: torch.Tensor
     warm: int
     metadata_for: Callable[[torch.Tensor], Any]
     counters: StepCounters
@@ -135,16 +136,19 @@ class CpuSkipStep:
             raw=raw,
             positions=num_computed,
         )
-        # vLLM's kernel still reads one entry of a skipped row; the substitute reads its own.
-        windowed = layers.substitute == "window"
-        near = 1 + (layers.rule.sinks + layers.rule.window if windowed else 0)
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
-        whole = (slots + query_lens).astype(np.int32)
-        step = skip.Step(
-            layers.paged, layers.rule, rows, layers.carried, layers.anchors, torch.get_num_threads(), whole, near
+        state = skip.SkipState(
+            layers.paged,
+            layers.rule,
+            rows,
+            layers.carried,
+            layers.anchors,
+            torch.get_num_threads(),
+            (slots + query_lens).astype(np.int32),
+            layers.substitute,
         )
         warm = int((query_lens - cold).sum())
-        return cls(layers, step, torch.from_numpy(step.lengths), warm, metadata_for, counters)
+        return cls(layers, state, torch.from_numpy(state.read_lens), warm, metadata_for, counters)
 
     def forward(
         self,
@@ -169,17 +173,17 @@ class CpuSkipStep:
         """
         # Called in every layer of a decode step, which finds the interpreter's caches full of keys and values: every
         # line here costs several times what it costs elsewhere.
-        place, step = self.layers.places[index], self.step
-        skip.decide_skips(step, place, self.layers.units[index])
-        num_skipped, num_idle, num_read = step.totals.tolist()
-        attend(self.metadata_for(self.lengths) if num_idle else metadata)
+        place, state = self.layers.places[index], self.state
+        skip.decide_skips(state, place, self.layers.units[index])
+        num_skipped, num_idle, num_read = state.totals.tolist()
+        attend(self.metadata_for(self.read_lens) if num_idle else metadata)
         self._count(num_skipped, num_read)
         substitute = self.layers.substitute
         if substitute == "running_output":
             self._average_outputs(place, output)
         elif num_skipped and substitute == "none":
             assert output.is_contiguous()
-            skip.clear_skipped(step, output.data_ptr(), output.stride(0) * output.element_size())
+            skip.clear_skipped(state, output.data_ptr(), output.stride(0) * output.element_size())
         elif num_skipped:
             self._attend_window(place, query, output, scale, softcap)
 
@@ -195,14 +199,14 @@ class CpuSkipStep:
         assert output.is_contiguous() and query.stride(1) == query.shape[2] == len(paged.key_dims)
         group = query.shape[1] // paged.num_kv_heads
         addresses = query.data_ptr(), query.stride(0), output.data_ptr(), output.stride(0)
-        skip.attend_window(self.step, place, group, scale, softcap, *addresses, encoding)
+        skip.attend_window(self.state, place, group, scale, softcap, *addresses, encoding)
 
     def _average_outputs(self, place: int, output: torch.Tensor) -> None:
-        count, width = len(self.step.skipped), output[0].numel()
+        count, width = len(self.state.skipped), output[0].numel()
         flat = output.view(len(output), width)[:count]
         outputs = flat.float().contiguous()
-        skip.average_outputs(self.step, self.layers.means(width)[place], outputs.numpy())
-        mask = torch.from_numpy(self.step.skipped).view(torch.bool)[:, None]
+        skip.average_outputs(self.state, self.layers.means(width)[place], outputs.numpy())
+        mask = torch.from_numpy(self.state.skipped).view(torch.bool)[:, None]
         torch.where(mask, outputs.to(flat.dtype), flat, out=flat)
 
     def _count(self, num_skipped: int, num_read: int) -> None:

@@ -25,9 +25,9 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
-from vllm_tokenfilter.kernels.cpu.skip import SkipRule
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.gpu import skip as gpu_skip
+from vllm_tokenfilter.kernels.rules import SkipRule
 from vllm_tokenfilter.layout import Layout
 
 #: The attribute of vLLM's metadata that holds a `SkipStep`.

@@ -23,9 +23,9 @@ from torch import Tensor
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu.clock import SealClock
-from vllm_tokenfilter.kernels.cpu.seal import ScoreRule
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout, removed_tokens
 
 

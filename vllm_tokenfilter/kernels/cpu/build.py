@@ -18,8 +18,8 @@ from pathlib import Path
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.local.paths import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("seal.c", "skip.c")]
-_HEADER = Path(__file__).with_name("cache.h")
+SOURCES = [Path(__file__).with_name(name) for name in ("seal.c", "skip.c", "substitutes.c")]
+_HEADERS = [Path(__file__).with_name(name) for name in ("cache.h", "skip.h")]
 
 # Sums may be reordered to use vector registers; NaN and infinity keep their meaning.
 _FLAGS = [
@@ -64,7 +64,7 @@ def _fingerprint() -> str:
         processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         processor = platform.processor()
-    parts = (*(path.read_text() for path in (*SOURCES, _HEADER)), " ".join(_FLAGS), platform.machine(), processor)
+    parts = (*(path.read_text() for path in (*SOURCES, *_HEADERS)), " ".join(_FLAGS), platform.machine(), processor)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

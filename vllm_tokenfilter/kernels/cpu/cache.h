@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The codes of kernels/cpu.py. */
+/* The codes of cache.py and of kernels/rules.py. */
 enum { FLOAT32, BFLOAT16, TABLE16 };
 enum { VARIANCE_AWARE, MEAN, KEY, VALUE };
 /* How the elements of a head's tokens lie in a block, from row-major to whatever the tables say; see element_order. */

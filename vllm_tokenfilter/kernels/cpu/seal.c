@@ -9,19 +9,19 @@
 
 #include "cache.h"
 
-/* The codes of kernels/cpu.py. */
+/* The codes of kernels/rules.py. */
 enum { ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM, LAGKV, RECENCY };
 
-struct rule {
+struct seal_rule {
   int64_t size, keep, sinks, terms, selector, fusion, seed;
   float decay, dropped; /* dropped = decay to the power of terms */
 };
 
 /* The rows that have chunks to seal; arrays of num_rows. */
-struct rows {
+struct seal_rows {
   const int32_t *block_tables;
-  int64_t table_stride, num_rows;
-  const int64_t *num_tokens, *first, *last, *own, *ends;
+  int64_t block_tables_stride, num_rows;
+  const int64_t *num_tokens, *first_chunk, *last_chunk, *shared_chunks, *ends;
 };
 
 /* What a call does. With KV heads split over ranks the scores of all heads come between SCORE and SEAL. */
@@ -117,7 +117,7 @@ static float random_score(int64_t position, int64_t layer_index, int64_t seed) {
 
 /* Score chunk c of a head; for LagKV the chunk before it, whose scores need this one. tiles [4, C, D]: keys of even and
    odd chunks, then values. key_scores, value_scores: of chunk c, chunks lie `stride` apart. scratch [3, D]. */
-static void score_head(const struct rule *rule, int64_t dims, int64_t c, const float *tiles, float *scratch,
+static void score_head(const struct seal_rule *rule, int64_t dims, int64_t c, const float *tiles, float *scratch,
                        float *key_scores, float *value_scores, int64_t stride) {
   int64_t size = rule->size, tile = size * dims, parity = c & 1;
   const float *keys = tiles + parity * tile, *values = tiles + (2 + parity) * tile;
@@ -165,7 +165,7 @@ static void move(const struct cache *cache, const int32_t *blocks, int64_t start
   copy(cache, from + cache->value_tokens[inside_from], to + cache->value_tokens[inside_to], cache->value_dims);
 }
 
-/* Less redundant first; of equals the older. What is no number goes first of all. */
+/* Less redundant first; of equals the older. NaN is the most redundant. */
 static int by_redundancy(const void *a, const void *b) {
   const struct ranked *x = a, *y = b;
   float left = isnan(x->redundancy) ? INFINITY : x->redundancy, right = isnan(y->redundancy) ? INFINITY : y->redundancy;
@@ -177,7 +177,7 @@ static int by_offset(const void *a, const void *b) {
   return ((const struct ranked *)a)->offset - ((const struct ranked *)b)->offset;
 }
 
-/* Let what the skipping kernel keeps of raw tokens (skip.c) follow them from slots behind `gone` to `gone` slots lower.
+/* Let what the skipping kernel carries for raw tokens (skip.c) follow them from slots behind `gone` to `gone` slots lower.
    carried: by physical slot, or null. */
 static void carry(int64_t *carried, const int32_t *blocks, int64_t block_size, int64_t first_target, int64_t end_target,
                   int64_t gone) {
@@ -189,13 +189,13 @@ static void carry(int64_t *carried, const int32_t *blocks, int64_t block_size, i
   }
 }
 
-static void seal_row(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t layer,
+static void seal_row(const struct cache *cache, const struct seal_rule *rule, const struct seal_rows *rows, int64_t layer,
                      int64_t layer_index, int64_t row, float *saved, int64_t *carried, int32_t *chosen,
                      struct scores scores) {
   int64_t size = rule->size, keep = rule->keep, dims = cache->dims, heads = cache->heads;
-  int64_t first = rows->first[row], last = rows->last[row], num_tokens = rows->num_tokens[row];
+  int64_t first = rows->first_chunk[row], last = rows->last_chunk[row], num_tokens = rows->num_tokens[row];
   int64_t start = cache->layer_starts[layer], block_size = cache->block_size;
-  const int32_t *blocks = rows->block_tables + row * rows->table_stride;
+  const int32_t *blocks = rows->block_tables + row * rows->block_tables_stride;
   /* Before the seal the raw token at position p lies in slot p - removed; after it, in p - removed_after. */
   int64_t removed = first * (size - keep), removed_after = last * (size - keep);
   chosen += (rows->ends[row] - (last - first)) * keep;
@@ -215,7 +215,7 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
         request seals itself has no predecessors: its sequence starts there, or what came before was taken over sealed.
         LagKV's score needs the chunk that follows, so there nothing is known from before and the last of them stays
         unknown. */
-  int64_t count = last - first + 1, unscored = first > rows->own[row] && rule->selector != LAGKV;
+  int64_t count = last - first + 1, unscored = first > rows->shared_chunks[row] && rule->selector != LAGKV;
   int64_t score_heads = scores.phase == WHOLE ? heads : scores.heads, stride = 2 * score_heads * size;
   float *own_scores = scores.phase == WHOLE ? floats(count * stride) : 0;
   float *key_scores = own_scores ? own_scores : scores.values + (rows->ends[row] - (last - first) + row) * stride;
@@ -269,7 +269,7 @@ static void seal_row(const struct cache *cache, const struct rule *rule, const s
       if (source != target) move(cache, blocks, start, head, source, target);
     }
 
-  /* 4. Keep the scores of the next chunk: its predecessors are about to be packed. */
+  /* 4. Save the redundancies of the next chunk: its predecessors are about to be packed. */
   for (int64_t i = 0; i < size; i++) {
     int64_t slot = last * size + i - removed_after;
     saved[blocks[slot / block_size] * block_size + slot % block_size] = redundancy[(count - 1) * size + i];
@@ -285,7 +285,7 @@ done:
 /* Seal the due chunks of every row in every layer. layer_indices [num_layers]; saved [num_layers, saved_stride];
    carried [num_layers, saved_stride] or null; chosen [num_layers, num_due_chunks, K]. scores [num_layers,
    num_due_chunks + num_rows, 2, score_heads, C]: filled by SCORE, read by SEAL, null for WHOLE. */
-void seal_chunks(const struct cache *cache, const struct rule *rule, const struct rows *rows, int64_t num_layers,
+void seal_chunks(const struct cache *cache, const struct seal_rule *rule, const struct seal_rows *rows, int64_t num_layers,
                  const int64_t *layer_indices, float *saved, int64_t saved_stride, int64_t *carried, int32_t *chosen,
                  int64_t num_threads, int64_t phase, float *scores, int64_t score_heads) {
   int64_t num_chunks = rows->ends[rows->num_rows - 1] + rows->num_rows;

@@ -1,6 +1,6 @@
-"""The Python side of the CPU kernels of attention skipping: what they are told, checked and handed to skip.c.
+"""The CPU kernels of attention skipping: what they are told, checked and handed to skip.c and substitutes.c.
 
-Called once per layer of a step, so what a step's layers share is made once (`SkipRows`).
+Called once per layer of a step, so what a step's layers share is made once (`SkipRows`, `SkipState`).
 
 Source: docs/skipping.md (the decision, the substitutes).
 """
@@ -12,67 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
+from vllm_tokenfilter.config import SKIP_UNITS, Substitute
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
-from vllm_tokenfilter.kernels.cpu.seal import FUSION_CODES, PagedCache, pointer
-
-#: A debt of this many tokens moves the level by the whole ratio range: small against 1000 tokens, large against noise.
-PATIENCE = 8
-#: Scores the threshold is a quantile of: what is always raw, and enough of it.
-_MOST_HISTORY = 256
-
-
-@dataclass(frozen=True)
-class SkipRule:
-    """How a layer decides and substitutes.
-
-    Attributes:
-        terms: predecessors an anchor averages.
-        fusion: a key of FUSION_CODES.
-        decay: the anchor's decay per token, and that of the substitute "running_output".
-        history: most recent scores the threshold is a quantile of.
-        warmup: first positions that are never skipped.
-        sinks: first slots the substitute "window" attends to.
-        window: newest slots it attends to, the token's own among them.
-    """
-
-    terms: int
-    fusion: str
-    decay: float
-    history: int
-    warmup: int
-    sinks: int
-    window: int
-
-    @classmethod
-    def of(cls, config: FilterConfig) -> "SkipRule":
-        """The rule for these settings."""
-        skipping = config.attention_skipping
-        return cls(
-            terms=config.anchor_terms,
-            fusion=config.fusion,
-            decay=config.anchor_decay,
-            history=min(config.recent_window, _MOST_HISTORY),
-            warmup=skipping.warmup_tokens,
-            sinks=config.sink_tokens,
-            window=skipping.skip_window,
-        )
-
-    @functools.cached_property
-    def struct(self) -> ctypes.Structure:
-        """The same for the kernels."""
-        return _Rule(
-            self.terms,
-            FUSION_CODES[self.fusion],
-            self.history,
-            self.warmup,
-            self.sinks,
-            self.window,
-            SKIP_UNITS,
-            PATIENCE,
-            self.decay,
-            self.decay**self.terms,
-        )
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache, pointer
+from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 
 
 @dataclass(frozen=True)
@@ -96,7 +39,7 @@ class SkipRows:
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
         """The same for the kernels; valid as long as this object."""
-        return _Rows(
+        return _SkipRows(
             pointer(self.block_tables, np.int32),
             self.block_tables.shape[1],
             len(self.slots),
@@ -104,21 +47,17 @@ class SkipRows:
         )
 
 
-class Step:
+class SkipState:
     """A step of the layers of one layout, and what the layer at hand decided.
 
     Made once a step: what a layer's calls are told in Python takes longer than what they do.
 
     Attributes:
-        cache: the layers' cache.
-        rule: how to decide.
         rows: the step's rows.
-        kept: int64 [num_layers, num_blocks * block_size], by physical slot: score and debt of raw tokens.
-        anchors: float32 [num_layers, num_blocks, 2 * num_kv_heads * head_size]: of keys and values, by the block of a
-            request's newest token.
+        carried: int64 [num_layers, num_blocks * block_size], by physical slot: score and debt of raw tokens.
         skipped: uint8 [num_tokens], 1 where the attention is skipped.
-        whole: int32 [num_rows], what a row attends to if it is not skipped.
-        lengths: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
+        stored_lens: int32 [num_rows], what a row attends to if it is not skipped.
+        read_lens: int32 [num_rows], what it attends to now: 1 in a skipped row of one token.
         totals: int64 [3]: tokens skipped; skipped rows of one token; what all rows of one token read.
         kernels: the compiled ones.
     """
@@ -128,73 +67,75 @@ class Step:
         cache: PagedCache,
         rule: SkipRule,
         rows: SkipRows,
-        kept: NDArray[np.int64],
+        carried: NDArray[np.int64],
         anchors: NDArray[np.float32],
         num_threads: int,
-        whole: NDArray[np.int32] | None = None,
-        near: int = 1,
+        stored_lens: NDArray[np.int32] | None = None,
+        substitute: Substitute = "none",
     ) -> None:
         """Make room.
 
         Args:
-            cache: see above.
-            rule: see above.
+            cache: the layers' cache.
+            rule: how to decide.
             rows: see above.
-            kept: see above.
-            anchors: see above.
+            carried: see above.
+            anchors: float32 [num_layers, num_blocks, 2 * num_kv_heads * head_size]: of keys and values, by the block
+                of a request's newest token.
             num_threads: threads of PyTorch's pool to run on.
-            whole: see above; None where nothing is attended.
-            near: what a skipped row of one token still reads, at most.
+            stored_lens: see above; None where nothing is attended.
+            substitute: what stands for a skipped attention.
         """
-        self.cache, self.rule, self.rows, self.kept, self.anchors = cache, rule, rows, kept, anchors
-        self.whole = np.ones(len(rows.slots), np.int32) if whole is None else whole
+        self.rows, self.carried = rows, carried
+        self.stored_lens = np.ones(len(rows.slots), np.int32) if stored_lens is None else stored_lens
         self.skipped = np.empty(int(rows.starts[-1]), np.uint8)
-        self.lengths, self.totals = np.empty_like(self.whole), np.empty(3, np.int64)
+        self.read_lens, self.totals = np.empty_like(self.stored_lens), np.empty(3, np.int64)
         self.kernels = _kernels()
-        self._struct = _Step(
-            *(ctypes.addressof(part.struct) for part in (cache, rule, rows)),
-            pointer(kept, np.int64),
+        self._parts = cache, rule, anchors  # the struct points into them
+        self._struct = _SkipState(
+            *(ctypes.addressof(struct) for struct in (cache.struct, _rule_struct(rule), rows.struct)),
+            pointer(carried, np.int64),
             pointer(anchors, np.float32),
-            pointer(self.whole, np.int32),
+            pointer(self.stored_lens, np.int32),
             pointer(self.skipped, np.uint8),
-            pointer(self.lengths, np.int32),
+            pointer(self.read_lens, np.int32),
             pointer(self.totals, np.int64),
-            kept.shape[1],
+            carried.shape[1],
             anchors.shape[1] * anchors.shape[2],
-            near,
+            rule.skipped_reads(substitute),
             num_threads,
         )
         self.address = ctypes.addressof(self._struct)
 
 
-def decide_skips(step: Step, layer: int, ratio_units: int) -> NDArray[np.uint8]:
+def decide_skips(state: SkipState, layer: int, ratio_units: int) -> NDArray[np.uint8]:
     """Decide for every token of a step, all of them in the cache, whether one layer skips its attention.
 
     Args:
-        step: the step; what is decided is written into it, and what is kept of its tokens.
+        state: the step; what is decided is written into it, and what is carried for its tokens.
         layer: index into the cache's layers.
         ratio_units: the layer's ratio in 1 / SKIP_UNITS.
 
     Returns:
-        `step.skipped`.
+        `state.skipped`.
     """
-    step.kernels.decide_skips(step.address, layer, ratio_units)
-    return step.skipped
+    state.kernels.decide_skips(state.address, layer, ratio_units)
+    return state.skipped
 
 
-def clear_skipped(step: Step, out: int, row_bytes: int) -> None:
+def clear_skipped(state: SkipState, out: int, row_bytes: int) -> None:
     """Put zeros in place of the skipped tokens' outputs.
 
     Args:
-        step: with the layer's decisions.
+        state: with the layer's decisions.
         out: address of one row per token, `row_bytes` long; nothing lies between rows.
         row_bytes: see above.
     """
-    step.kernels.clear_skipped(step.address, out, row_bytes)
+    state.kernels.clear_skipped(state.address, out, row_bytes)
 
 
 def attend_window(
-    step: Step,
+    state: SkipState,
     layer: int,
     group: int,
     scale: float,
@@ -208,7 +149,7 @@ def attend_window(
     """Attention of skipped tokens to the sinks and the newest stored tokens only, in one layer.
 
     Args:
-        step: with the layer's decisions.
+        state: with the layer's decisions.
         layer: index into the cache's layers.
         group: query heads of one KV head.
         scale: of the scores.
@@ -219,22 +160,22 @@ def attend_window(
         out_stride: likewise.
         encoding: of both, FLOAT32 or BFLOAT16.
     """
-    step.kernels.attend_window(
-        step.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
+    state.kernels.attend_window(
+        state.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
     )
 
 
-def average_outputs(step: Step, means: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
+def average_outputs(state: SkipState, means: NDArray[np.float32], outputs: NDArray[np.float32]) -> None:
     """Put the decayed mean of a layer's outputs in place of the skipped ones.
 
     Args:
-        step: with the layer's decisions.
+        state: with the layer's decisions.
         means: float32 [num_blocks, num_heads * head_size + 1] of this layer, by the block of a request's newest token;
             updated.
         outputs: float32 [num_tokens, num_heads * head_size], changed in place.
     """
-    step.kernels.average_outputs(
-        step.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32)
+    state.kernels.average_outputs(
+        state.address, pointer(means, np.float32), outputs.shape[1], pointer(outputs, np.float32)
     )
 
 
@@ -253,17 +194,17 @@ def _kernels() -> ctypes.CDLL:
     return library
 
 
-class _Step(ctypes.Structure):
+class _SkipState(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ("cache", "rule", "rows", "kept", "anchors", "whole", "skipped", "lengths", "totals")
+            for name in ("cache", "rule", "rows", "carried", "anchors", "stored_lens", "skipped", "read_lens", "totals")
         ),
-        *((name, ctypes.c_int64) for name in ("kept_stride", "anchors_stride", "near", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("carried_stride", "anchors_stride", "skipped_reads", "num_threads")),
     )
 
 
-class _Rule(ctypes.Structure):
+class _SkipRule(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_int64)
@@ -273,10 +214,26 @@ class _Rule(ctypes.Structure):
     )
 
 
-class _Rows(ctypes.Structure):
+@functools.cache
+def _rule_struct(rule: SkipRule) -> _SkipRule:
+    return _SkipRule(
+        rule.terms,
+        FUSION_CODES[rule.fusion],
+        rule.history,
+        rule.warmup,
+        rule.sinks,
+        rule.window,
+        SKIP_UNITS,
+        PATIENCE,
+        rule.decay,
+        rule.decay**rule.terms,
+    )
+
+
+class _SkipRows(ctypes.Structure):
     _fields_ = (
         ("block_tables", ctypes.c_void_p),
-        ("table_stride", ctypes.c_int64),
+        ("block_tables_stride", ctypes.c_int64),
         ("num_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("starts", "slots", "raw", "positions")),
     )

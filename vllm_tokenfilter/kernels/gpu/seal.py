@@ -12,14 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_tokenfilter.kernels.cpu.seal import FUSION_CODES, ScoreRule
 from vllm_tokenfilter.kernels.plan import DuePlan
+from vllm_tokenfilter.kernels.rules import MAX_CHUNK_SIZE, SELECTOR_CODES, ScoreRule
 from vllm_tokenfilter.layout import Layout
 
-#: What the kernels can rank by; codes as in triton_seal.py.
-GPU_SELECTORS = {"anchor": 0, "random": 1, "keydiff": 2, "key_norm": 3, "value_key_norm": 4}
-#: A program holds one number per token of a chunk.
-MAX_CHUNK_SIZE = 1024
 #: Shared chunks of a row that owns nothing (padding, a dummy run): more than any length seals.
 NO_SEALS = 1 << 30
 #: How the kernel widens an element.
@@ -175,7 +171,8 @@ class DueSeals:
         plan: the host's side.
         tables: int32 [num_due_rows, num_blocks].
         shared_chunks: int32 [num_due_rows].
-        integers: int32, `rows`, `num_tokens`, `first`, `last`, the rows' first tasks, then `task_rows`, `task_chunks`.
+        integers: int32, `rows`, `num_tokens`, `first_chunk`, `last_chunk`, the rows' first tasks, then `task_rows`,
+            `task_chunks`.
     """
 
     plan: DuePlan
@@ -186,12 +183,12 @@ class DueSeals:
     @classmethod
     def snapshot(cls, plan: DuePlan, block_table: Tensor, shared_chunks: Tensor) -> "DueSeals":
         """Copy the due rows of a step; asynchronous."""
-        counts = plan.last - plan.first + 1
+        counts = plan.last_chunk - plan.first_chunk + 1
         task_rows = np.repeat(np.arange(len(counts)), counts)
         begins = np.cumsum(counts) - counts
-        task_chunks = np.arange(len(task_rows)) - begins[task_rows] + plan.first[task_rows]
+        task_chunks = np.arange(len(task_rows)) - begins[task_rows] + plan.first_chunk[task_rows]
         packed = np.concatenate(
-            [plan.rows, plan.num_tokens, plan.first, plan.last, begins, task_rows, task_chunks]
+            [plan.rows, plan.num_tokens, plan.first_chunk, plan.last_chunk, begins, task_rows, task_chunks]
         ).astype(np.int32)
         device = block_table.device
         host = torch.from_numpy(packed)
@@ -270,7 +267,7 @@ def seal_chunks(
         BLOCK_SIZE=cache.block_size,
         BLOCK_D=block_d,
         TILE=tile,
-        SELECTOR=GPU_SELECTORS[rule.selector],
+        SELECTOR=SELECTOR_CODES[rule.selector],
         ENCODING=cache.encoding,
         num_warps=4,
     )
@@ -304,7 +301,7 @@ def seal_chunks(
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         TILE=tile,
-        FUSION=FUSION_CODES[rule.fusion] if rule.selector == "anchor" else FUSION_CODES["key"],
+        FUSION=rule.fusion_code,
         ENCODING=cache.encoding,
         num_warps=4,
     )
@@ -334,7 +331,7 @@ def seal_bytes_floor(cache: GpuCache, plan: DuePlan, layout: Layout) -> int:
     """
     per_token = len(cache.layer_addresses) * cache.num_kv_heads * 2 * cache.head_size * cache.element_size
     tokens = 0
-    for num_tokens, first, last in zip(plan.num_tokens, plan.first, plan.last, strict=True):
+    for num_tokens, first, last in zip(plan.num_tokens, plan.first_chunk, plan.last_chunk, strict=True):
         scored = last - first + (first == 0)
         tokens += scored * layout.chunk_size + (layout.anchor_terms if first else 0)
         # The kept tokens of chunk 0 mostly stay where they are; from the next on, all move.

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
-from vllm_tokenfilter.kernels.cpu.seal import FUSION_CODES
-from vllm_tokenfilter.kernels.cpu.skip import PATIENCE, SkipRule
 from vllm_tokenfilter.kernels.gpu.seal import NO_SEALS, DueSeals, GpuCache
 from vllm_tokenfilter.kernels.plan import DuePlan
+from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 from vllm_tokenfilter.layout import Layout
 
 _OUTPUT_TILE = 128
@@ -207,7 +206,6 @@ def decide(
         ENCODING=cache.encoding,
         num_warps=4,
     )
-    near = 1 + (rule.sinks + rule.window if substitute == "window" else 0)
     triton_skip.decide_rows[(step.num_reqs,)](
         buffers.similarities,
         cache.num_kv_heads,
@@ -223,7 +221,7 @@ def decide(
         layer,
         ratio_units,
         rule.warmup,
-        near,
+        rule.skipped_reads(substitute),
         step.seq_lens,
         buffers.read_lens,
         buffers.below,

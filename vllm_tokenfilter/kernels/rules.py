@@ -1,0 +1,102 @@
+"""How tokens are ranked and attention is skipped, and the codes the kernels of both devices know this by.
+
+Numbers only: what a device's kernels are handed is made from these in kernels/cpu and kernels/gpu.
+
+Source: docs/algorithm.md (redundancy), docs/skipping.md (the decision).
+"""
+
+from dataclasses import dataclass
+
+from vllm_tokenfilter.config import FilterConfig, Substitute
+
+VARIANCE_AWARE, MEAN, KEY, VALUE = range(4)
+FUSION_CODES = {"variance_aware": VARIANCE_AWARE, "mean": MEAN, "key": KEY, "value": VALUE}
+ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM, LAGKV, RECENCY = range(7)
+SELECTOR_CODES = {
+    "anchor": ANCHOR,
+    "random": RANDOM,
+    "keydiff": KEYDIFF,
+    "key_norm": KEY_NORM,
+    "value_key_norm": VALUE_KEY_NORM,
+    "lagkv": LAGKV,
+    "recency": RECENCY,
+}
+# Scores of a baseline stand in place of the similarity of keys, or of keys and values; how they become one number.
+_BASELINE_FUSION = {"random": KEY, "keydiff": KEY, "key_norm": KEY, "value_key_norm": KEY, "lagkv": MEAN}
+
+#: What the GPU kernels can rank by.
+GPU_SELECTORS = ("anchor", "random", "keydiff", "key_norm", "value_key_norm")
+#: A program of theirs holds one number per token of a chunk.
+MAX_CHUNK_SIZE = 1024
+#: A debt of this many tokens moves the level by the whole ratio range: small against 1000 tokens, large against noise.
+PATIENCE = 8
+#: Scores the threshold is a quantile of: what is always raw, and enough of it.
+_MOST_HISTORY = 256
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How tokens are ranked.
+
+    Attributes:
+        selector: a key of SELECTOR_CODES; see selectors.py.
+        fusion: a key of FUSION_CODES, for the selector "anchor".
+        decay: the anchor's decay per token.
+        seed: of the selector "random".
+    """
+
+    selector: str = "anchor"
+    fusion: str = "variance_aware"
+    decay: float = 0.9
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: FilterConfig) -> "ScoreRule":
+        """The rule that the settings name."""
+        return cls(config.selector, config.fusion, config.anchor_decay, config.random_seed)
+
+    @property
+    def fusion_code(self) -> int:
+        """How the heads' scores of keys and values become one number per token."""
+        return _BASELINE_FUSION.get(self.selector, FUSION_CODES[self.fusion])
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """How a layer decides and substitutes.
+
+    Attributes:
+        terms: predecessors an anchor averages.
+        fusion: a key of FUSION_CODES.
+        decay: the anchor's decay per token, and that of the substitute "running_output".
+        history: most recent scores the threshold is a quantile of.
+        warmup: first positions that are never skipped.
+        sinks: first slots the substitute "window" attends to.
+        window: newest slots it attends to, the token's own among them.
+    """
+
+    terms: int
+    fusion: str
+    decay: float
+    history: int
+    warmup: int
+    sinks: int
+    window: int
+
+    @classmethod
+    def of(cls, config: FilterConfig) -> "SkipRule":
+        """The rule for these settings."""
+        skipping = config.attention_skipping
+        return cls(
+            terms=config.anchor_terms,
+            fusion=config.fusion,
+            decay=config.anchor_decay,
+            history=min(config.recent_window, _MOST_HISTORY),
+            warmup=skipping.warmup_tokens,
+            sinks=config.sink_tokens,
+            window=skipping.skip_window,
+        )
+
+    def skipped_reads(self, substitute: Substitute) -> int:
+        """Cache entries that a skipped row of one token reads at most: vLLM's kernel one, the substitute its own."""
+        return 1 + (self.sinks + self.window if substitute == "window" else 0)
