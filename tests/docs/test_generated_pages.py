@@ -49,6 +49,14 @@ def test_names_in_the_recipes_are_in_the_code():
             assert set(name.split(".")) <= words, f"AGENTS.md names {name}"
 
 
+def test_the_reading_path_has_five_short_stops():
+    path = (ROOT / "README.md").read_text().partition("## Reading the code")[2]
+    stops = re.findall(r"^\d\. \[[^]]*\]\(([^)]*)\)", path, re.MULTILINE)
+    assert len(stops) == 5
+    for stop in stops:
+        assert len((ROOT / stop).read_text().splitlines()) <= 200, f"{stop} is long for a first reading"
+
+
 def anchors(text):
     """What GitHub calls the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
