@@ -5,17 +5,13 @@ every setting. `make bench-selection` writes benchmarks/results/selection_trials
 ones too.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
-from vllm_tokenfilter.cli.output import print_tables
-from vllm_tokenfilter.cli.tune import load_model
+from vllm_tokenfilter.cli.output import print_tables, progress_bar
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.evaluation.texts import load_text
 from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
@@ -23,7 +19,8 @@ from vllm_tokenfilter.local.provenance import provenance
 from vllm_tokenfilter.local.result_file import write_result
 from vllm_tokenfilter.local.settings_file import read_settings
 from vllm_tokenfilter.reports.tables import tuning_tables
-from vllm_tokenfilter.tuning.tuner import Score, Tuner, make_texts
+from vllm_tokenfilter.tuning.texts import make_texts
+from vllm_tokenfilter.tuning.tuner import Tuner, load_model
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "selection_trials.json"
@@ -91,18 +88,15 @@ def main(
     tuner = Tuner(model)
     texts = make_texts(tokenizer, list(tokenizer(prose, add_special_tokens=False)["input_ids"]), length, questions)
     settings = {"dense": FilterConfig.parse({"pruning_ratio": 0}), **trials(tuner.num_layers)}
-    tried = [(Score.of(name, config, tuner.num_layers), config) for name, config in settings.items()]
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("Trials", total=len(texts) * len(tried))
-        advance: Callable[[], None] = lambda: progress.advance(task)  # noqa: E731
-        tuner.measure(texts, tried, advance)
+    with progress_bar() as progress:
+        scores = tuner.measure(texts, settings, "Trials", progress)
     result = {
         "kind": "selection",
         **provenance(),
         "model": MODEL_NAME,
         "text": source,
         "parameters": {"length": length, "trials": questions},
-        "scores": [asdict(score) for score, _ in tried],
+        "scores": [asdict(score) for score in scores],
     }
     print_tables(tuning_tables(result))
     write_result(out, result)

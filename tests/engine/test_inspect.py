@@ -6,7 +6,8 @@ import torch
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.filtering import kept, redundancy
-from vllm_tokenfilter.inspection.compare import PRUNED, RAW, Text, inspect_text
+from vllm_tokenfilter.inspection.compare import PRUNED, RAW, inspect_text
+from vllm_tokenfilter.inspection.text import InspectedText
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 NUM_TOKENS, STEP = 600, 32
@@ -24,7 +25,7 @@ def seen(model_path, tokens):
     original = observing.observe
     monkeypatch.setattr(observing, "observe", lambda *args: observed.append(original(*args)) or observed[-1])
     engine = scoring.ScoringEngine(model_path, NUM_TOKENS + 1, max_num_seqs=1, max_step_tokens=STEP)
-    text = Text(tokens[:NUM_TOKENS], ["x"] * NUM_TOKENS, 0)
+    text = InspectedText(tokens[:NUM_TOKENS], ["x"] * NUM_TOKENS, 0)
     seen = inspect_text(engine, text, CONFIG, STEP)
     steps = []
     engine.feed([tokens[:200]], STEP, lambda index, start, hidden: steps.append(len(hidden)))

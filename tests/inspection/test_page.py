@@ -15,6 +15,7 @@ from tests.reports.test_page import inked_share
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.inspection.page import figures, render_page
+from vllm_tokenfilter.inspection.text import InspectedText, read_text
 
 inspection = pytest.importorskip("vllm_tokenfilter.inspection.compare", reason="torch is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -32,7 +33,7 @@ def inspected(num_tokens=400):
     states[[0, 1, 3], min(200, num_tokens - 1)] = inspection.PRUNED
     dense = draw.uniform(0.01, 1, num_tokens - 1)
     return inspection.Inspection(
-        text=inspection.Text(list(range(num_tokens)), pieces, 7),
+        text=InspectedText(list(range(num_tokens)), pieces, 7),
         layers=[0, 1, 2, 3],
         dense_layers={"configured_dense": [2]},
         states=states,
@@ -141,14 +142,14 @@ class Tokenizer:
 def test_text_and_conversations_are_read(tmp_path):
     file = tmp_path / "text"
     file.write_text("a few words here\n")
-    assert inspection.read_text(file, False, Tokenizer(), 3).pieces == ["a", " few", " words"]
-    assert inspection.read_text(file, False, Tokenizer(), 3).num_cut == 1
-    assert inspection.read_text(file, True, Tokenizer(), 9).pieces[:2] == [" <user>", " a"]
+    assert read_text(file, False, Tokenizer(), 3).pieces == ["a", " few", " words"]
+    assert read_text(file, False, Tokenizer(), 3).num_cut == 1
+    assert read_text(file, True, Tokenizer(), 9).pieces[:2] == [" <user>", " a"]
     file.write_text(json.dumps([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]))
-    assert inspection.read_text(file, True, Tokenizer(), 9).pieces[-2:] == [" <user>", " hi"]
+    assert read_text(file, True, Tokenizer(), 9).pieces[-2:] == [" <user>", " hi"]
     file.write_text('{"role": "user"}')
-    with pytest.raises(EvaluationError, match="is no list of messages"):
-        inspection.read_text(file, True, Tokenizer(), 9)
+    with pytest.raises(EvaluationError, match="must be a list of messages"):
+        read_text(file, True, Tokenizer(), 9)
 
 
 def browse(page, folder, *flags, fragment=""):

@@ -98,12 +98,12 @@ def test_the_settings_of_a_file_are_planned_for(config_file, tmp_path):
     "arguments, sentence",
     [
         (["--gpu-memory", "0.4"], "leaves nothing for the KV cache"),
-        (["--gpu-memory", "-3"], "gpu-memory=-3 is no size"),
+        (["--gpu-memory", "-3"], "gpu-memory=-3 must be a number above 0"),
         ([], "gpu-memory is missing"),
         (["--gpu-memory", "1", "--ratio", "1.5"], "pruning_ratio=1.5"),
         (["--gpu-memory", "1", "--dtype", "int4"], "dtype=int4 is not planned for"),
         (["--gpu-memory", "1", "--tensor-parallel-size", "3"], "does not divide the 2 KV heads"),
-        (["--gpu-memory", "1", "--gpu-memory-utilization", "2"], "gpu-memory-utilization=2 is no share"),
+        (["--gpu-memory", "1", "--gpu-memory-utilization", "2"], "gpu-memory-utilization=2 must be above 0"),
     ],
 )
 def test_what_cannot_be_planned_ends_in_one_sentence(config_file, arguments, sentence):

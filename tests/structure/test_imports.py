@@ -26,12 +26,13 @@ LAYERS = (
     ("filtering", "selectors", "layer_plan"),
     ("kernels",),
     ("kernels.cpu", "kernels.gpu"),
+    ("planning",),
     ("integration",),
     ("integration.cpu", "integration.gpu"),
     ("integration.server", "integration.offline"),
     # What vLLM loads by path, and what leads into any room.
     ("integration.dispatch", "integration.worker", "integration.plugin"),
-    ("evaluation", "tuning", "planning", "inspection", "bench"),
+    ("evaluation", "tuning", "inspection", "bench"),
     ("reports",),
     ("cli",),
 )
@@ -56,7 +57,7 @@ KNOWN_ACROSS = {
     "kernels.gpu.skip -> kernels.cpu.skip",
 }
 KNOWN_LONG = {"kernels.gpu.triton_skip"}
-KNOWN_TWICE = {"DueSeals", "Plan", "Request", "SkipStep", "Step", "Text", "Trial", "_Rows", "_Rule", "_Step"}
+KNOWN_TWICE = {"DueSeals", "SkipStep", "Step", "_Rows", "_Rule", "_Step"}
 
 
 def imports(nodes):

@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from tests import reference
 from tests.command import run_command
 from tests.tiny import tiny_model  # noqa: F401
-from vllm_tokenfilter.cli import tune
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.local.settings_file import read_settings
-from vllm_tokenfilter.tuning import tuner as tuning
+from vllm_tokenfilter.tuning import search, texts, tuner
+from vllm_tokenfilter.tuning.run import TuningRequest, run
+
+
+def no_progress(stage, units):
+    return lambda unit=None: None
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +38,11 @@ def test_scores_are_those_of_the_reference_with_the_same_layers_pruned(model, la
     ratios = [0.75 if index in layers else 0.0 for index in range(4)]
     settings = {"pruning_ratio": sum(ratios) / 4, "schedule": {"kind": "per_layer", "ratios": ratios}}
     config = FilterConfig.parse(settings if layers else {"pruning_ratio": 0})
-    score = tuning.Score("tried", ratios, 64)
-    tuning.Tuner(model).measure([tuning.Text("passkey", tokens, 20)], [(score, config)], lambda: None)
+    text = texts.TuningText("passkey", tokens, 20)
+    score = tuner.Tuner(model).measure([text], {"tried": config}, "Trying", no_progress)[0]
+    assert score.ratios == ratios
     # The reference seals between steps: the text is one, its end the next.
-    steps = [len(tokens) - tuning._TAIL, tuning._TAIL]
+    steps = [len(tokens) - texts.TAIL, texts.TAIL]
     expected = reference.run(model, tokens, steps, reference.Settings(kept_of=dict.fromkeys(layers, 16)))
     logprobs = expected.logprobs[-21:-1]
     wanted = logprobs.gather(1, torch.tensor(tokens[-20:])[:, None]).mean()
@@ -47,16 +52,11 @@ def test_scores_are_those_of_the_reference_with_the_same_layers_pruned(model, la
 
 def test_hiding_in_one_layer_changes_the_score(model):
     tokens = torch.randint(100, 40000, (480,), generator=torch.Generator().manual_seed(5)).tolist()
-    scores = [tuning.Score(str(layer), [], 256) for layer in range(4)]
-    dense = tuning.Score("dense", [], 256)
-    settings = [(score, FilterConfig.parse(_only(layer))) for layer, score in enumerate(scores)]
-    tuner = tuning.Tuner(model)
-    tuner.measure(
-        [tuning.Text("passkey", tokens, 20)],
-        [(dense, FilterConfig.parse({"pruning_ratio": 0})), *settings],
-        lambda: None,
-    )
-    assert len({dense.answer_logprob, *(score.answer_logprob for score in scores)}) == 5
+    settings = {"dense": FilterConfig.parse({"pruning_ratio": 0})}
+    settings |= {str(layer): FilterConfig.parse(_only(layer)) for layer in range(4)}
+    text = texts.TuningText("passkey", tokens, 20)
+    scores = tuner.Tuner(model).measure([text], settings, "Trying", no_progress)
+    assert len({score.answer_logprob for score in scores}) == 5
 
 
 def _only(layer):
@@ -67,22 +67,22 @@ def _only(layer):
 @given(ratio=st.floats(0.01, 0.99), num_layers=st.integers(2, 100))
 def test_the_mean_ratio_is_met_or_refused(ratio, num_layers):
     try:
-        count, chunk = tuning.pruned_layers(ratio, num_layers)
+        count, chunk = search.pruned_layers(ratio, num_layers)
     except EvaluationError as error:
         assert "use at most" in str(error)
         return
-    config = tuning.heavy_config(range(count), chunk, num_layers)
+    config = search.pruning_config(range(count), num_layers, chunk)
     removed = [layout.effective_ratio if layout else 0 for layout in config.layouts(num_layers)]
     assert sum(removed) / num_layers >= ratio - 1e-6
     assert 0 < count < num_layers or num_layers == 1
     # One layer fewer would not do.
-    assert (count - 1) * (1 - tuning.KEPT / chunk) / num_layers < ratio
+    assert (count - 1) * (1 - search.KEPT_PER_CHUNK / chunk) / num_layers < ratio
 
 
 @given(damage=st.lists(st.floats(-1, 1), min_size=1, max_size=40), data=st.data())
 def test_layers_that_clearly_lose_are_pruned_last_and_in_the_order_of_their_loss(damage, data):
     count = data.draw(st.integers(0, len(damage)))
-    chosen = tuning.choose_layers(damage, count)
+    chosen = search.choose_layers(damage, count)
     assert len(chosen) == count and chosen == sorted(set(chosen))
     clear = [layer for layer in range(len(damage)) if damage[layer] > 0.1 * max(damage) > 0]
     pruned, whole = [layer for layer in clear if layer in chosen], [layer for layer in clear if layer not in chosen]
@@ -99,7 +99,7 @@ def test_what_is_chance_does_not_move_the_choice(recalls, noise):
     beside = {near for layer in recalls for near in (layer - 1, layer + 1) if 0 <= near < 30} - recalls
     damage = [(1 if layer in recalls else 0) + noise[layer] for layer in range(30)]
     for whole in (recalls, recalls | beside):
-        assert set(range(30)) - set(tuning.choose_layers(damage, 30 - len(whole))) == whole
+        assert set(range(30)) - set(search.choose_layers(damage, 30 - len(whole))) == whole
 
 
 def test_another_seed_asks_other_questions_of_other_text(tiny_model):  # noqa: F811
@@ -107,9 +107,9 @@ def test_another_seed_asks_other_questions_of_other_text(tiny_model):  # noqa: F
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prose = list(range(100, 700)) * 20
-    texts = [tuning.make_texts(tokenizer, prose, 500, 1, seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] and len(texts[0]) == 12
-    assert all(one.tokens != other.tokens for one, other in zip(texts[0], texts[2], strict=True) if one.kind != "prose")
+    made = [texts.make_texts(tokenizer, prose, 500, 1, seed) for seed in (1, 1, 2)]
+    assert made[0] == made[1] and len(made[0]) == 12
+    assert all(one.tokens != other.tokens for one, other in zip(made[0], made[2], strict=True) if one.kind != "prose")
 
 
 def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F811
@@ -121,10 +121,10 @@ def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F
     assert config.model_dump(mode="json") == found["settings"]
     names = [score["name"] for score in found["scores"]]
     assert names == ["dense", *(f"layer {index}" for index in range(4)), "tuned", "uniform"]
-    assert sum(layout is not None for layout in config.layouts(4)) == tuning.pruned_layers(0.5, 4)[0]
+    assert sum(layout is not None for layout in config.layouts(4)) == search.pruned_layers(0.5, 4)[0]
     # Another ratio from the same trials.
     request = {"model": tiny_model, "ratio": 0.25, "length": 600, "trials": 1, "seed": 7, "text": "builtin"}
-    again = tune.Request(
+    again = TuningRequest(
         **request,
         data_dir=None,
         device=None,
@@ -132,31 +132,31 @@ def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F
         json=tmp_path / "q.json",
         reuse=tmp_path / "tuned.json",
     )
-    tune.run(again)
+    run(again, no_progress)
     assert json.loads((tmp_path / "q.json").read_text())["scores"][:5] == found["scores"][:5]
-    least = min(range(4), key=lambda layer: tuning.damage_of(*_pair(found, layer)))
+    least = min(range(4), key=lambda layer: search.damage_of(*_pair(found, layer)))
     assert read_settings(tmp_path / "quarter.yaml").schedule.ratios[least] > 0
     with pytest.raises(EvaluationError, match="was measured with trials=1, not 2"):
-        tune.run(dataclasses.replace(again, trials=2))
+        run(dataclasses.replace(again, trials=2), no_progress)
     with pytest.raises(EvaluationError, match="was measured with seed=7, not 8"):
-        tune.run(dataclasses.replace(again, seed=8))
+        run(dataclasses.replace(again, seed=8), no_progress)
 
 
 def _pair(found, layer):
-    scores = {score["name"]: tuning.Score(**score) for score in found["scores"]}
+    scores = {score["name"]: tuner.Score(**score) for score in found["scores"]}
     return scores[f"layer {layer}"], scores["dense"]
 
 
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        ({"ratio": 1.0}, "ratio=1 is no ratio to prune by"),
+        ({"ratio": 1.0}, "ratio=1 must be above 0 and below 1"),
         ({"ratio": 0.95}, "ratio=0.95 leaves too few layers whole; use at most"),
         ({"length": 100}, "length=100 leaves nothing to prune"),
         ({"length": 9000}, "length=9000 is beyond the model's 4096 tokens"),
         ({"device": "nonsense"}, "cannot be loaded on nonsense"),
         ({"text": "/nowhere.txt"}, "text=/nowhere.txt cannot be read"),
-        ({"reuse": Path("/nowhere.json")}, "reuse=/nowhere.json is no result file of tune"),
+        ({"reuse": Path("/nowhere.json")}, "reuse=/nowhere.json must be a result file of the kind tuning"),
         ({"out": Path("/nowhere/x.yaml")}, "out=/nowhere/x.yaml cannot be written"),
     ],
 )
@@ -172,5 +172,5 @@ def test_bad_input_is_refused_in_one_sentence(tiny_model, tmp_path, wrong, sente
         **wrong,
     }
     with pytest.raises(EvaluationError, match=re.escape(sentence)):
-        tune.run(tune.Request(**request))
+        run(TuningRequest(**request), no_progress)
     assert not (tmp_path / "x.yaml").exists()

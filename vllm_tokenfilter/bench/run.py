@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from vllm_tokenfilter.bench.servers import PeakMemory, Server, started
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.local.progress import Progress
 from vllm_tokenfilter.local.result_file import ResultFile
 
 BASELINE = "stock"
@@ -106,16 +107,12 @@ class BenchmarkPlan:
             EvaluationError: a number is out of range.
             ConfigError: a ratio or setting cannot hold.
         """
-        reasons = [f"context={value} is no prompt; use at least 1." for value in self.contexts if value < 1]
-        reasons += [f"concurrency={value} sends nothing; use at least 1." for value in self.concurrencies if value < 1]
+        reasons = [f"context={value} must be at least 1 token." for value in self.contexts if value < 1]
+        reasons += [f"concurrency={value} must be at least 1." for value in self.concurrencies if value < 1]
         if reasons:
             raise EvaluationError(reasons)
         for ratio in self.ratios:
             FilterConfig.parse({**self.settings, "pruning_ratio": ratio})
-
-
-#: Told how many samples there will be; returns what to call before each with its description.
-Progress = Callable[[int], Callable[[str], None]]
 
 
 def run(plan: BenchmarkPlan, out: Path, progress: Progress) -> Benchmark:
@@ -138,17 +135,18 @@ def run(plan: BenchmarkPlan, out: Path, progress: Progress) -> Benchmark:
     with contextlib.ExitStack() as stack:
         model = ", ".join(plan.urls) or Path(plan.model).name
         benchmark = Benchmark.resume(out, model=model, parameters=parameters)
+        progress("Starting servers ...", 0)
         servers = _servers(plan, stack)
         names = {server.name: _require_fits(server, plan) for server in servers}
         benchmark.capacity |= {server.name: server.capacity() for server in servers}
         done = {(s.server, s.context, s.concurrency, s.repeat) for s in benchmark.samples}
         loads = [(context, concurrency) for context in plan.contexts for concurrency in plan.concurrencies]
-        step = progress((plan.repeats + 1) * len(loads) * len(servers))
+        advance = progress("Measuring", (plan.repeats + 1) * len(loads) * len(servers))
         for repeat in range(-1, plan.repeats):
             for context, concurrency in loads:
                 # Every other repeat runs backwards, so that no server always follows the same one.
                 for server in servers if repeat % 2 else servers[::-1]:
-                    step(f"{server.name}, {concurrency} x {context} tokens")
+                    advance(f"{server.name}, {concurrency} x {context} tokens")
                     if (server.name, context, concurrency, repeat) in done:
                         continue
                     draw = random.Random(f"{plan.seed} {context} {concurrency} {repeat}")

@@ -9,11 +9,13 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation import perplexity, recall, tasks
 from vllm_tokenfilter.evaluation.schema import METHODS, Cell, Evaluation, settings_of
+from vllm_tokenfilter.evaluation.tails import score_tails
+from vllm_tokenfilter.local.progress import Progress
 
 if TYPE_CHECKING:
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
-METRICS = ("perplexity", "tasks", "recall")
+QUALITY_METRICS = ("perplexity", "tasks", "recall")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class EvaluationPlan:
         chunk_sizes: tokens.
         extra: settings that every cell of the grid has besides.
         configs: name -> settings measured as they are, beside the grid.
-        metrics: of METRICS.
+        metrics: of QUALITY_METRICS.
         lengths: tokens of perplexity windows.
         windows: windows per length; 0 for all the text has.
         task_names: tasks, for the metric "tasks".
@@ -87,9 +89,9 @@ class EvaluationPlan:
             ConfigError: settings cannot hold together.
         """
         reasons = [
-            f"metric={name} is unknown; use one of {', '.join(METRICS)}."
+            f"metric={name} is unknown; use one of {', '.join(QUALITY_METRICS)}."
             for name in self.metrics
-            if name not in METRICS
+            if name not in QUALITY_METRICS
         ]
         reasons += [f"length={length} is too short to score; use at least 2." for length in self.lengths if length < 2]
         reasons += [f"depth={depth} is outside 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
@@ -99,14 +101,10 @@ class EvaluationPlan:
             if kind not in recall.KINDS
         ]
         if self.data_dir is not None and not self.data_dir.is_dir():
-            reasons.append(f"data-dir={self.data_dir} is no folder; see docs/evaluation.md for what it holds.")
+            reasons.append(f"data-dir={self.data_dir} must be a folder that exists; see docs/evaluation.md.")
         if reasons:
             raise EvaluationError(reasons)
         self.points()
-
-
-#: Told of every cell: what it is, how many units it has; returns what to call after each unit.
-Progress = Callable[[str, int], Callable[[], None]]
 
 
 def run(plan: EvaluationPlan, text: tuple[str, str], out: Path, progress: Progress) -> Evaluation:
@@ -116,7 +114,7 @@ def run(plan: EvaluationPlan, text: tuple[str, str], out: Path, progress: Progre
         plan: checked.
         text: name and content of the prose.
         out: result file.
-        progress: see Progress.
+        progress: told of every cell and its units.
 
     Raises:
         EvaluationError: `out` cannot be read or written, or belongs to another model, text or seed.
@@ -236,7 +234,13 @@ class _Runner:
                         {"kind": kind, "length": length, "depth": depth, "trials": len(trials), "step_tokens": step},
                         len(trials),
                         lambda advance, trials=trials: recall.summarise(  # type: ignore[misc]
-                            recall.score_trials(self.scorer, trials, step, advance)
+                            score_tails(
+                                self.scorer,
+                                [trial.tokens for trial in trials],
+                                [trial.num_answer for trial in trials],
+                                step,
+                                advance,
+                            )
                         ),
                     )
 

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.evaluation.tails import score_tails
 
 if TYPE_CHECKING:
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
@@ -75,7 +74,7 @@ def prepare_task(name: str, data_dir: Path | None) -> Any:
         }
     if name not in _task_names():
         known = ", ".join(PAPER_TASKS)
-        raise EvaluationError([f"task={name} is no task of lm-eval; use one of {known}, mmlu, or any other of its."])
+        raise EvaluationError([f"task={name} must be a task of lm-eval: {known}, mmlu, or any other it has."])
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         wanted = f"{LOCAL_TASKS[name][0]} in --data-dir" if name in LOCAL_TASKS else "a connection to the hub"
         raise EvaluationError([f"task={name} has no data: it needs {wanted}, or HF_HUB_OFFLINE unset to download it."])
@@ -160,7 +159,9 @@ def _scoring_lm(scorer: "ScoringEngine", step_tokens: int, advance: Callable[[],
         ) -> list[tuple[float, bool]]:
             # A text longer than the model keeps its end, as in lm-eval's own models.
             texts = [(context + answer)[-(scorer.max_model_len - 1) :] for _, context, answer in requests]
-            return score_continuations(scorer, texts, [len(answer) for _, _, answer in requests], step_tokens, advance)
+            lengths = [len(answer) for _, _, answer in requests]
+            tails = score_tails(scorer, texts, lengths, step_tokens, advance)
+            return [(sum(tail.logprobs), all(tail.hits)) for tail in tails]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             raise EvaluationError(["This task scores running text; use --metric perplexity instead."])
@@ -169,27 +170,3 @@ def _scoring_lm(scorer: "ScoringEngine", step_tokens: int, advance: Callable[[],
             raise EvaluationError(["This task generates text; eval scores multiple-choice tasks."])
 
     return ScoringLM()
-
-
-def score_continuations(
-    scorer: "ScoringEngine", texts: list[list[int]], lengths: list[int], step_tokens: int, advance: Callable[[], None]
-) -> list[tuple[float, bool]]:
-    """Log-likelihood in nats of each text's last `lengths[i]` tokens, and whether each of them was the likeliest."""
-    totals = [0.0] * len(texts)
-    greedy = [True] * len(texts)
-
-    def consume(index: int, start: int, hidden: torch.Tensor) -> None:
-        text, length = texts[index], lengths[index]
-        first = max(start, len(text) - length - 1)
-        end = min(start + len(hidden), len(text) - 1)
-        if first >= end:
-            return
-        scores = scorer.logits(hidden[first - start : end - start]).log_softmax(-1)
-        targets = torch.tensor(text[first + 1 : end + 1])
-        totals[index] += float(scores.gather(1, targets[:, None]).sum())
-        greedy[index] &= bool((scores.argmax(-1) == targets).all())
-        if end == len(text) - 1:
-            advance()
-
-    scorer.feed(texts, step_tokens, consume)
-    return list(zip(totals, greedy, strict=True))

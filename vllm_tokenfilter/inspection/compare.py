@@ -3,39 +3,22 @@
 The text is fed twice with the visibility decoding has, dense and filtered; see integration/scoring.py.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.filtering import anchors, similarity
+from vllm_tokenfilter.inspection.text import InspectedText
 
 if TYPE_CHECKING:
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 #: States of a token in a layer.
 PRUNED, KEPT, RAW = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text cut into tokens.
-
-    Attributes:
-        ids: the tokens.
-        pieces: the characters of each; joined they are the text. Empty where a token ends inside a character.
-        num_cut: tokens of the text that were left out at its end.
-    """
-
-    ids: list[int]
-    pieces: list[str]
-    num_cut: int
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class Inspection:
         kl: float64, same shape: divergence of the filtered distribution from the dense one, in nats.
     """
 
-    text: Text
+    text: InspectedText
     layers: list[int]
     dense_layers: dict[str, list[int]]
     states: NDArray[np.uint8]
@@ -72,53 +55,7 @@ class Inspection:
         return len(self.layers) - sum(len(indices) for indices in self.dense_layers.values())
 
 
-def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> Text:
-    """The file's text in tokens, at most `limit` of them.
-
-    Args:
-        path: UTF-8 text.
-        chat: the file is a conversation: a JSON list of messages with role and content, or else the text of one
-            message of the user. It is put into the model's chat template.
-        tokenizer: a fast tokenizer.
-        limit: tokens.
-
-    Raises:
-        EvaluationError: the file cannot be read, is empty, or the model has no chat template.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError([f"text={path} cannot be read ({error}); pass a UTF-8 file."]) from None
-    if chat:
-        text = _rendered(text, tokenizer, path)
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if len(ids) < 2:
-        raise EvaluationError([f"text={path} holds {len(ids)} tokens; pass a longer text."])
-    pieces, end = [], 0
-    for _, stop in offsets[:limit]:
-        pieces.append(text[end:stop])
-        end = max(end, stop)
-    return Text(ids[:limit], pieces, max(0, len(ids) - limit))
-
-
-def _rendered(text: str, tokenizer: Any, path: Path) -> str:
-    try:
-        messages = json.loads(text)
-    except json.JSONDecodeError:
-        messages = [{"role": "user", "content": text}]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
-    )
-    if not well_formed:
-        raise EvaluationError([f"text={path} is no list of messages; write [{{'role': ..., 'content': ...}}, ...]."])
-    if not getattr(tokenizer, "chat_template", None):
-        raise EvaluationError(["chat=True needs a chat template, and the model has none; leave --chat out."])
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return rendered
-
-
-def inspect_text(engine: "ScoringEngine", text: Text, config: FilterConfig, step_tokens: int) -> Inspection:
+def inspect_text(engine: "ScoringEngine", text: InspectedText, config: FilterConfig, step_tokens: int) -> Inspection:
     """Feed the text dense and filtered, and compare.
 
     Args:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.inspection.compare import PRUNED, RAW, Inspection
+from vllm_tokenfilter.local.paths import write_text
 
 _LOSSES = 25
 
@@ -30,10 +30,7 @@ def write_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any], p
     Raises:
         EvaluationError: it cannot be written.
     """
-    try:
-        path.write_text(render_page(seen, config, origin), encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError([f"html={path} cannot be written ({error}); choose another place."]) from None
+    write_text(path, render_page(seen, config, origin), "html")
 
 
 def render_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ folder, without a model hub. Any Hugging Face id works instead of it.
 import contextlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,21 @@ def default_model_path() -> Path:
             "writable folder, or pass --model."
         ) from error
     return target
+
+
+def resolve_model(model: str | None) -> tuple[str, str]:
+    """Where transformers and vLLM find a model, and what results call it.
+
+    Args:
+        model: path or Hugging Face id; None for the embedded one, which needs no hub.
+
+    Raises:
+        ModelError: the embedded model cannot be made.
+    """
+    if model is not None:
+        return model, model
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return str(default_model_path()), MODEL_NAME
 
 
 def _gguf_folder(scratch: Path) -> Path:

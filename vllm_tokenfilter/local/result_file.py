@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.local.paths import write_text
 from vllm_tokenfilter.local.provenance import now, provenance
 
 File = TypeVar("File", bound="ResultFile")
@@ -82,18 +83,12 @@ class ResultFile(BaseModel):
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result whole or not at all: a file cut off in the middle would lose what was measured before.
+    """Write a result whole or not at all.
 
     Raises:
         EvaluationError: it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(as_text(result) + "\n")
-        part.replace(path)
-    except OSError as error:
-        raise EvaluationError([f"json={path} cannot be written ({error}); choose another place."]) from None
+    write_text(path, as_text(result) + "\n", "json")
 
 
 def as_text(value: Any, indent: str = "") -> str:

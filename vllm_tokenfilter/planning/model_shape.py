@@ -32,14 +32,21 @@ def read_shape(model: str, dtype: str, weight_bytes: int | None) -> Shape:
         dtype = "bfloat16" if own == "float32" else own
     if dtype not in _BYTES:
         raise PlanError([f"dtype={dtype} is not planned for; use one of {', '.join(_BYTES)}."])
-    heads = text.num_attention_heads
+    heads, head_size = kv_heads(text)
     return Shape(
         layers=_layers(text),
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_kv_heads=heads,
+        head_size=head_size,
         element_bytes=_BYTES[dtype],
         weight_bytes=_weight_bytes(model, config, _BYTES[dtype]) if weight_bytes is None else weight_bytes,
     )
+
+
+def kv_heads(text: Any) -> tuple[int, int]:
+    """KV heads of a layer, and the elements of each, from a text model's configuration."""
+    heads = text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return getattr(text, "num_key_value_heads", None) or heads, head_size
 
 
 def _load(model: str) -> Any:

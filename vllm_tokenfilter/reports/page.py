@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 from typing import Any
 
-from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.local.paths import write_text
 from vllm_tokenfilter.reports.figures import Result, benchmarks, evaluations
 from vllm_tokenfilter.reports.plots import plots
 from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables
@@ -30,10 +30,7 @@ def write_page(results: list[Result], path: Path) -> None:
     Raises:
         EvaluationError: it cannot be written, or matplotlib is missing.
     """
-    try:
-        path.write_text(render_page(results))
-    except OSError as error:
-        raise EvaluationError([f"html={path} cannot be written ({error}); choose another place."]) from None
+    write_text(path, render_page(results), "html")
 
 
 def render_page(results: list[Result]) -> str:

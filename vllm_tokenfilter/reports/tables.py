@@ -133,6 +133,27 @@ def benchmark_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
     return [(f"Serving {result['model']}; in brackets times stock's speed in the same repeat (median)", rows)]
 
 
+def capacity_table(report: dict[str, Any]) -> tuple[str, Rows]:
+    """What `planning.deployment.predict` found: title and a row per setting."""
+    title = (
+        f"Requests of {report['context']} tokens, blocks of {report['block_size']}, prefill steps of at most "
+        f"{report['prefill_step']}, {report['tensor_parallel']} GPU(s)"
+    )
+    head = ["", "requests at once", "times stock", "KV cache, tokens", "KV bytes per token", "KV read per step"]
+    rows = [
+        [
+            entry["name"],
+            f"{entry['max_concurrency']:.2f}",
+            f"{entry['times_stock']:.2f}",
+            f"{entry['cache_tokens']:,}",
+            f"{entry['bytes_per_token']:,.0f}",
+            f"{entry['read_bytes'] / 2**30:.3f} GiB",
+        ]
+        for entry in report["settings"]
+    ]
+    return title, [head, *rows]
+
+
 def _speed(row: dict[str, Any], name: str) -> str:
     """Times stock's speed, in brackets: a time is turned over, so that above 1 is faster everywhere."""
     ratio = row.get(f"{name}_to_stock")

@@ -22,6 +22,7 @@ from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.offline.mixed_layouts import MixedLayouts, OfflineBuilder
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 from vllm_tokenfilter.integration.status import merge
+from vllm_tokenfilter.planning.model_shape import kv_heads
 
 #: Takes the index of a sequence, the position of its first token, and hidden states [num_tokens, hidden_size].
 Consumer = Callable[[int, int, torch.Tensor], None]
@@ -153,7 +154,6 @@ def _cache_bytes(model: str, num_tokens: int) -> int:
     """Bytes of a dense KV cache of `num_tokens`, with room for rounding up to blocks."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(num_tokens * 1.1) * config.num_hidden_layers * heads * size * 2 * 4
+    text = AutoConfig.from_pretrained(model).get_text_config()
+    heads, size = kv_heads(text)
+    return int(num_tokens * 1.1) * text.num_hidden_layers * heads * size * 2 * 4

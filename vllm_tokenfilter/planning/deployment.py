@@ -1,7 +1,6 @@
-"""`vllm-tokenfilter plan`: requests that fit and KV bytes per token, dense and filtered, before a machine is rented."""
+"""What fits one deployment: requests and KV bytes per token, dense and filtered, before a machine is rented."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import PlanError
 from vllm_tokenfilter.planning.capacity import Capacity, Shape, kv_capacity
 from vllm_tokenfilter.planning.model_shape import read_shape
-from vllm_tokenfilter.reports.tables import Rows
 
 GIB = 1 << 30
 
@@ -43,22 +41,6 @@ class Deployment:
     prefill_step: int
     tensor_parallel: int
     dtype: str
-
-
-def plan(deployment: Deployment, configs: dict[str, FilterConfig], as_json: bool) -> None:
-    """Predict and print, for settings by name.
-
-    Raises:
-        PlanError: the deployment cannot be planned for.
-    """
-    report = predict(deployment, configs)
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    from vllm_tokenfilter.cli.output import print_tables
-
-    print_tables([(title(report), rows(report))])
-    print(report["memory"]["sentence"])
 
 
 def predict(deployment: Deployment, configs: dict[str, FilterConfig]) -> dict[str, Any]:
@@ -98,7 +80,7 @@ def predict(deployment: Deployment, configs: dict[str, FilterConfig]) -> dict[st
 
 def _check(deployment: Deployment) -> None:
     reasons = [
-        f"{name}={value:g} is no size; use a number above 0."
+        f"{name}={value:g} must be a number above 0."
         for name, value in (
             ("gpu-memory", deployment.gpu_memory),
             ("kv-cache", deployment.cache),
@@ -112,7 +94,7 @@ def _check(deployment: Deployment) -> None:
     if deployment.gpu_memory is None and deployment.cache is None:
         reasons.append("gpu-memory is missing; pass the GiB of one GPU, or --kv-cache with those of the KV cache.")
     if not 0 < deployment.utilization <= 1:
-        reasons.append(f"gpu-memory-utilization={deployment.utilization:g} is no share; use one of 0 to 1.")
+        reasons.append(f"gpu-memory-utilization={deployment.utilization:g} must be above 0 and at most 1.")
     if reasons:
         raise PlanError(reasons)
 
@@ -152,30 +134,3 @@ def _entry(name: str, config: FilterConfig | None, capacity: Capacity, stock: di
         **dataclasses.asdict(capacity),
         "times_stock": capacity.max_concurrency / stock["max_concurrency"] if stock else 1.0,
     }
-
-
-def title(report: dict[str, Any]) -> str:
-    """The table's title."""
-    return (
-        f"Requests of {report['context']} tokens, blocks of {report['block_size']}, prefill steps of at most "
-        f"{report['prefill_step']}, {report['tensor_parallel']} GPU(s)"
-    )
-
-
-def rows(report: dict[str, Any]) -> Rows:
-    """The table, head first."""
-    head = ["", "requests at once", "times stock", "KV cache, tokens", "KV bytes per token", "KV read per step"]
-    return [
-        head,
-        *(
-            [
-                entry["name"],
-                f"{entry['max_concurrency']:.2f}",
-                f"{entry['times_stock']:.2f}",
-                f"{entry['cache_tokens']:,}",
-                f"{entry['bytes_per_token']:,.0f}",
-                f"{entry['read_bytes'] / GIB:.3f} GiB",
-            ]
-            for entry in report["settings"]
-        ),
-    ]
