@@ -77,7 +77,7 @@ def test_what_a_step_makes_due_is_sealed_before_the_next_and_once(make):
     builder = make()
     builder.build(0, step([0], [200], [blocks(1)]))
     due = builder.due
-    assert (due.first_chunk.tolist(), due.last_chunk.tolist(), due.shared_chunks.tolist()) == ([0], [2], [0])
+    assert (due.plan.first_chunk.tolist(), due.plan.last_chunk.tolist(), due.shared_chunks.tolist()) == ([0], [2], [0])
     assert builder.counters.seals == 0
     builder.build(0, step([200], [1], [blocks(1)]))
     assert builder.due is None and builder.counters.seals == 1
@@ -104,7 +104,7 @@ def test_a_mark_is_taken_out_and_chunks_that_came_sealed_are_not_sealed_again(ma
     assert now.block_table_tensor[0, :4].tolist() == [7, 8, 0, 20], "the runner's own table stays"
     assert now.slot_mapping[0] == 20 * BLOCK
     due = builder.due
-    assert (due.first_chunk.tolist(), due.last_chunk.tolist(), due.shared_chunks.tolist()) == ([2], [3], [2])
+    assert (due.plan.first_chunk.tolist(), due.plan.last_chunk.tolist(), due.shared_chunks.tolist()) == ([2], [3], [2])
 
 
 def test_dense_layers_pass_through_and_are_counted_with_their_reason(make):
@@ -112,6 +112,14 @@ def test_dense_layers_pass_through_and_are_counted_with_their_reason(make):
     now = step([200], [1], [blocks(1)])
     assert builder.build(0, now) is now and builder.due is None
     assert builder.counters.rows_dense == {"configured_dense": 1}
+
+
+def test_layers_that_read_another_groups_cache_read_what_is_stored_and_seal_nothing(make):
+    builder = make()
+    builder._layers, builder._filtered = {}, {}
+    builder.build(0, step([0], [200], [blocks(1)]))
+    assert builder.due is None
+    assert builder.build(0, step([200], [1], [blocks(1)])).seq_lens.tolist() == [201 - 64]
 
 
 def test_offline_the_layers_of_one_layout_write_without_moving_those_of_another(make):

@@ -125,7 +125,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
                     common = common.replace(block_table_tensor=torch.from_numpy(tables))
             removed = removed_tokens(num_computed, layout, shared_chunks)
             plan = plan_seals(num_computed, seq_lens, self.block_size, layout, shared_chunks)
-            self.due = None if plan is None else DueSeals.snapshot(plan, tables, shared_chunks)
+            if plan is not None and self._layers:
+                self.due = DueSeals.snapshot(plan, tables, shared_chunks)
             if removed.any():
                 first_slots, stored = num_computed - removed, seq_lens - removed
                 block_tables.rewrite_slots(common.slot_mapping, first_slots, query_lens, tables, self.block_size)
