@@ -185,11 +185,9 @@ class FilterConfig(BaseModel):
         counts = whole_tokens(ratios, self.chunk_size, 1 if fine else self.chunk_size // 8)
         if self.chunk_size - max(counts) < max(1, self.sink_tokens):
             raise ConfigError(
-                [
-                    f"schedule.kind={self.schedule.kind} leaves a layer {self.chunk_size - max(counts)} tokens of a "
-                    f"chunk, which must hold {max(1, self.sink_tokens)}; use a lower pruning_ratio, fewer sink_tokens "
-                    "or a larger chunk_size."
-                ]
+                f"schedule.kind={self.schedule.kind} leaves a layer {self.chunk_size - max(counts)} tokens of a "
+                f"chunk, which must hold {max(1, self.sink_tokens)}; use a lower pruning_ratio, fewer sink_tokens "
+                "or a larger chunk_size."
             )
         return tuple(
             self._layout_without(count) if count and self.filters_layer(index) else None
@@ -280,7 +278,7 @@ class FilterConfig(BaseModel):
             settings = {}
         if not isinstance(settings, Mapping):
             raise ConfigError(
-                [f"{CONFIG_KEY}={settings!r} must be a mapping; write settings such as pruning_ratio: 0.5 under it."]
+                f"{CONFIG_KEY}={settings!r} must be a mapping; write settings such as pruning_ratio: 0.5 under it."
             )
         try:
             config = cls.model_validate({str(key): value for key, value in settings.items()})

@@ -7,23 +7,25 @@ from collections.abc import Sequence
 
 
 class TokenFilterError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; the message lists every reason found."""
+
+    heading = ""
+
+    def __init__(self, reasons: str | Sequence[str]) -> None:
+        self.reasons = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+        super().__init__(self.heading + " ".join(self.reasons))
 
 
 class ConfigError(TokenFilterError, ValueError):
-    """A Token Filtering setting that cannot hold; the message lists every reason found."""
+    """A Token Filtering setting that cannot hold."""
 
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__("Token Filtering configuration refused: " + " ".join(self.reasons))
+    heading = "Token Filtering configuration refused: "
 
 
 class UnsupportedError(TokenFilterError, ValueError):
-    """A vLLM deployment Token Filtering cannot serve; the message lists every reason found."""
+    """A vLLM deployment Token Filtering cannot serve."""
 
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__("Token Filtering cannot run here: " + " ".join(self.reasons))
+    heading = "Token Filtering cannot run here: "
 
 
 class ModelError(TokenFilterError):
@@ -31,16 +33,8 @@ class ModelError(TokenFilterError):
 
 
 class EvaluationError(TokenFilterError):
-    """A measurement was asked for that cannot be made; the message lists every reason found."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__(" ".join(self.reasons))
+    """A measurement was asked for that cannot be made."""
 
 
 class PlanError(TokenFilterError):
-    """A deployment cannot be planned for; the message lists every reason found."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        self.reasons = tuple(reasons)
-        super().__init__(" ".join(self.reasons))
+    """A deployment cannot be planned for."""

@@ -91,10 +91,8 @@ class Schedule(BaseModel):
                 ratio = mean * num_layers / count
                 if ratio >= 1:
                     raise ConfigError(
-                        [
-                            f"schedule.share={share:.3g} puts a ratio of {ratio:.3g} on the last {count} of "
-                            f"{num_layers} layers; use a share above {mean:g} or a lower ratio."
-                        ]
+                        f"schedule.share={share:.3g} puts a ratio of {ratio:.3g} on the last {count} of "
+                        f"{num_layers} layers; use a share above {mean:g} or a lower ratio."
                     )
                 return (0.0,) * (num_layers - count) + (ratio,) * count
             case "linear":
@@ -105,15 +103,13 @@ class Schedule(BaseModel):
             case "per_layer":
                 if len(self.ratios) != num_layers:
                     raise ConfigError(
-                        [
-                            f"schedule.ratios has {len(self.ratios)} entries and the model {num_layers} layers; give "
-                            "each layer one."
-                        ]
+                        f"schedule.ratios has {len(self.ratios)} entries and the model {num_layers} layers; give "
+                        "each layer one."
                     )
                 own = sum(self.ratios) / num_layers
                 if abs(own - mean) > _MEAN_TOLERANCE:
                     raise ConfigError(
-                        [f"schedule.ratios has the mean {own:.4g}, not the ratio {mean:g}; set the ratio to {own:.4g}."]
+                        f"schedule.ratios has the mean {own:.4g}, not the ratio {mean:g}; set the ratio to {own:.4g}."
                     )
                 return self.ratios
 

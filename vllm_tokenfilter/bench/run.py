@@ -212,10 +212,8 @@ def _require_fits(server: Server, plan: BenchmarkPlan) -> str:
     name, longest = server.model()
     if max(plan.contexts) + plan.output_tokens > longest:
         raise EvaluationError(
-            [
-                f"context={max(plan.contexts)} with {plan.output_tokens} output tokens is longer than the {longest} "
-                f"tokens {server.url} serves; use a shorter --context."
-            ]
+            f"context={max(plan.contexts)} with {plan.output_tokens} output tokens is longer than the {longest} "
+            f"tokens {server.url} serves; use a shorter --context."
         )
     return name
 

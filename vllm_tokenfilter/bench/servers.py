@@ -56,7 +56,7 @@ class Server:
             return str(first["id"]), int(first["max_model_len"])
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
             raise EvaluationError(
-                [f"url={self.url} does not answer /v1/models ({error}); start a vLLM server there or correct --url."]
+                f"url={self.url} does not answer /v1/models ({error}); start a vLLM server there or correct --url."
             ) from None
 
     def metrics(self) -> dict[str, float]:
@@ -148,7 +148,7 @@ def _wait(server: Server) -> None:
                 return
         time.sleep(0.5)
     lines = [line for line in server.printed().splitlines() if line.strip()]
-    raise EvaluationError([f"The server {server.name} did not start; its log ends with: {' / '.join(lines[-4:])}"])
+    raise EvaluationError(f"The server {server.name} did not start; its log ends with: {' / '.join(lines[-4:])}")
 
 
 class PeakMemory:

@@ -71,7 +71,7 @@ class EvaluationPlan:
         """
         for method in self.methods:
             if method not in METHODS:
-                raise EvaluationError([f"method={method} is unknown; use one of {', '.join(METHODS)}."])
+                raise EvaluationError(f"method={method} is unknown; use one of {', '.join(METHODS)}.")
         points = [("dense", FilterConfig(pruning_ratio=0.0))]
         for ratio in self.ratios:
             for chunk in self.chunk_sizes:
@@ -186,7 +186,7 @@ class _Runner:
         for length in self.plan.lengths:
             windows = perplexity.windows_of(self.tokens, length, self.plan.windows)
             if not windows:
-                raise EvaluationError([f"length={length} is longer than the text ({len(self.tokens)} tokens)."])
+                raise EvaluationError(f"length={length} is longer than the text ({len(self.tokens)} tokens).")
             parameters = {"sequence_length": length, "windows": len(windows), "step_tokens": step}
             dense = self.dense.setdefault(length, perplexity.DenseWindows())
             # The dense pass is needed again whenever something is still to be compared with it.

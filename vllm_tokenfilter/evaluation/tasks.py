@@ -49,7 +49,7 @@ def require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise EvaluationError([f"Tasks need lm-eval ({error}); pip install 'vllm-tokenfilter[eval]'."]) from None
+        raise EvaluationError(f"Tasks need lm-eval ({error}); pip install 'vllm-tokenfilter[eval]'.") from None
 
 
 def prepare_task(name: str, data_dir: Path | None) -> Any:
@@ -74,10 +74,10 @@ def prepare_task(name: str, data_dir: Path | None) -> Any:
         }
     if name not in _task_names():
         known = ", ".join(PAPER_TASKS)
-        raise EvaluationError([f"task={name} must be a task of lm-eval: {known}, mmlu, or any other it has."])
+        raise EvaluationError(f"task={name} must be a task of lm-eval: {known}, mmlu, or any other it has.")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         wanted = f"{LOCAL_TASKS[name][0]} in --data-dir" if name in LOCAL_TASKS else "a connection to the hub"
-        raise EvaluationError([f"task={name} has no data: it needs {wanted}, or HF_HUB_OFFLINE unset to download it."])
+        raise EvaluationError(f"task={name} has no data: it needs {wanted}, or HF_HUB_OFFLINE unset to download it.")
     return name
 
 
@@ -100,7 +100,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             ]
         return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise EvaluationError([f"data-dir: {path.name} cannot be read ({error}); see docs/evaluation.md."]) from None
+        raise EvaluationError(f"data-dir: {path.name} cannot be read ({error}); see docs/evaluation.md.") from None
 
 
 def run_task(
@@ -128,7 +128,7 @@ def run_task(
             model=model, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=1000, log_samples=True
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
-        raise EvaluationError([f"task={name} has no data ({error}); pass --data-dir."]) from None
+        raise EvaluationError(f"task={name} has no data ({error}); pass --data-dir.") from None
     results = found["results"][name]
     values = {"accuracy": float(results["acc,none"]), "standard_error": float(results["acc_stderr,none"])}
     if "acc_norm,none" in results:
@@ -164,9 +164,9 @@ def _scoring_lm(scorer: "ScoringEngine", step_tokens: int, advance: Callable[[],
             return [(sum(tail.logprobs), all(tail.hits)) for tail in tails]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise EvaluationError(["This task scores running text; use --metric perplexity instead."])
+            raise EvaluationError("This task scores running text; use --metric perplexity instead.")
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise EvaluationError(["This task generates text; eval scores multiple-choice tasks."])
+            raise EvaluationError("This task generates text; eval scores multiple-choice tasks.")
 
     return ScoringLM()

@@ -34,7 +34,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError([f"text={path} cannot be read ({error}); pass a UTF-8 text file."]) from None
+        raise EvaluationError(f"text={path} cannot be read ({error}); pass a UTF-8 text file.") from None
 
 
 def _builtin() -> str:
@@ -47,10 +47,8 @@ def _builtin() -> str:
 def _wikitext_from_hub() -> str:
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise EvaluationError(
-            [
-                f"text=wikitext2 is not in --data-dir and HF_HUB_OFFLINE=1; put {WIKITEXT_FILE} there, or use "
-                "--text builtin."
-            ]
+            f"text=wikitext2 is not in --data-dir and HF_HUB_OFFLINE=1; put {WIKITEXT_FILE} there, or use "
+            "--text builtin."
         )
     try:
         from datasets import load_dataset
@@ -59,5 +57,5 @@ def _wikitext_from_hub() -> str:
         return "".join(rows["text"])
     except Exception as error:  # whatever datasets raises, the user needs one sentence
         raise EvaluationError(
-            [f"text=wikitext2 cannot be loaded ({error}); pass --data-dir with {WIKITEXT_FILE} or --text FILE."]
+            f"text=wikitext2 cannot be loaded ({error}); pass --data-dir with {WIKITEXT_FILE} or --text FILE."
         ) from None

@@ -70,7 +70,7 @@ def run(request: InspectionRequest, progress: Progress) -> dict[str, float]:
         longest = int(AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings)
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise EvaluationError([f"model={path} cannot be read ({str(error).splitlines()[0]}); pass another."]) from None
+        raise EvaluationError(f"model={path} cannot be read ({str(error).splitlines()[0]}); pass another.") from None
     text = read_text(request.text, request.chat, tokenizer, min(request.limit, longest - 1))
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 

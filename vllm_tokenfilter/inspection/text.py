@@ -39,13 +39,13 @@ def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> InspectedTe
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError([f"text={path} cannot be read ({error}); pass a UTF-8 file."]) from None
+        raise EvaluationError(f"text={path} cannot be read ({error}); pass a UTF-8 file.") from None
     if chat:
         text = _rendered(text, tokenizer, path)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if len(ids) < 2:
-        raise EvaluationError([f"text={path} holds {len(ids)} tokens; pass a longer text."])
+        raise EvaluationError(f"text={path} holds {len(ids)} tokens; pass a longer text.")
     pieces, end = [], 0
     for _, stop in offsets[:limit]:
         pieces.append(text[end:stop])
@@ -62,8 +62,8 @@ def _rendered(text: str, tokenizer: Any, path: Path) -> str:
         isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
     )
     if not well_formed:
-        raise EvaluationError([f"text={path} must be a list of messages: [{{'role': ..., 'content': ...}}, ...]."])
+        raise EvaluationError(f"text={path} must be a list of messages: [{{'role': ..., 'content': ...}}, ...].")
     if not getattr(tokenizer, "chat_template", None):
-        raise EvaluationError(["chat=True needs a chat template, and the model has none; leave --chat out."])
+        raise EvaluationError("chat=True needs a chat template, and the model has none; leave --chat out.")
     rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
     return rendered

@@ -33,4 +33,4 @@ def write_text(path: Path, text: str, flag: str) -> None:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise EvaluationError([f"{flag}={path} cannot be written ({error}); choose another place."]) from None
+        raise EvaluationError(f"{flag}={path} cannot be written ({error}); choose another place.") from None

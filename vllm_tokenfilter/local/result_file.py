@@ -53,7 +53,7 @@ class ResultFile(BaseModel):
             for name, value in identity.items():
                 if (before := getattr(old, name)) != value:
                     raise EvaluationError(
-                        [f"json={path} was measured with {name}={before}, not {value}; choose another name."]
+                        f"json={path} was measured with {name}={before}, not {value}; choose another name."
                     )
             measured = cls.model_fields.keys() - ResultFile.model_fields.keys() - identity.keys()
             return fresh.model_copy(update={name: getattr(old, name) for name in measured})
@@ -73,7 +73,7 @@ class ResultFile(BaseModel):
             kind = cls.model_fields["kind"].default
             first = str(error).splitlines()[0]
             raise EvaluationError(
-                [f"{option}={path} must be a result file of the kind {kind} ({first}); choose another name."]
+                f"{option}={path} must be a result file of the kind {kind} ({first}); choose another name."
             ) from None
 
     def write(self, path: Path) -> None:

@@ -118,11 +118,9 @@ def kv_capacity(
     num_blocks = cache_bytes // (layer_bytes * block_size * width)
     if num_blocks < blocks_per_request:
         raise PlanError(
-            [
-                f"context={context} needs {blocks_per_request} blocks of {block_size} tokens a request, and the KV "
-                f"cache ({cache_bytes / 2**30:.2f} GiB a rank) has {num_blocks}; use a shorter --context, more memory "
-                "or a larger --tensor-parallel-size."
-            ]
+            f"context={context} needs {blocks_per_request} blocks of {block_size} tokens a request, and the KV "
+            f"cache ({cache_bytes / 2**30:.2f} GiB a rank) has {num_blocks}; use a shorter --context, more memory "
+            "or a larger --tensor-parallel-size."
         )
     concurrency = num_blocks / blocks_per_request
     read = sum(_read_tokens(layer, layout, context) for layer, layout in zip(shape.layers, layouts, strict=True))

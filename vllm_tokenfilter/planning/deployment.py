@@ -52,10 +52,8 @@ def predict(deployment: Deployment, configs: dict[str, FilterConfig]) -> dict[st
     shape = read_shape(deployment.model, deployment.dtype, None if known is None else round(known * GIB))
     if shape.num_kv_heads % deployment.tensor_parallel and deployment.tensor_parallel % shape.num_kv_heads:
         raise PlanError(
-            [
-                f"tensor-parallel-size={deployment.tensor_parallel} does not divide the {shape.num_kv_heads} KV heads "
-                "of the model; use one that does."
-            ]
+            f"tensor-parallel-size={deployment.tensor_parallel} does not divide the {shape.num_kv_heads} KV heads "
+            "of the model; use one that does."
         )
     memory = _memory(deployment, shape)
     settings: list[dict[str, Any]] = []
@@ -114,10 +112,8 @@ def _memory(deployment: Deployment, shape: Shape) -> dict[str, Any]:
     )
     if cache <= 0:
         raise PlanError(
-            [
-                f"gpu-memory={deployment.gpu_memory:g} leaves nothing for the KV cache: {parts}; use a larger GPU or "
-                "--tensor-parallel-size."
-            ]
+            f"gpu-memory={deployment.gpu_memory:g} leaves nothing for the KV cache: {parts}; use a larger GPU or "
+            "--tensor-parallel-size."
         )
     return {
         "cache_bytes": cache,

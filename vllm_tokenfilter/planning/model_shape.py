@@ -31,7 +31,7 @@ def read_shape(model: str, dtype: str, weight_bytes: int | None) -> Shape:
         own = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
         dtype = "bfloat16" if own == "float32" else own
     if dtype not in _BYTES:
-        raise PlanError([f"dtype={dtype} is not planned for; use one of {', '.join(_BYTES)}."])
+        raise PlanError(f"dtype={dtype} is not planned for; use one of {', '.join(_BYTES)}.")
     heads, head_size = kv_heads(text)
     return Shape(
         layers=_layers(text),
@@ -60,10 +60,8 @@ def _load(model: str) -> Any:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanError(
-            [
-                f"model-config={model} cannot be read ({str(error).splitlines()[0]}); pass a config.json, a folder "
-                "that holds one, or a Hugging Face id."
-            ]
+            f"model-config={model} cannot be read ({str(error).splitlines()[0]}); pass a config.json, a folder "
+            "that holds one, or a Hugging Face id."
         ) from None
 
 
@@ -107,7 +105,7 @@ def _weight_bytes(model: str, config: Any, element_bytes: int) -> int:
     if files:
         return sum(file.stat().st_size for file in files)
     if getattr(config, "quantization_config", None):
-        raise PlanError([f"model-config={model} is quantised, so its size is not known; pass --weights in GiB."])
+        raise PlanError(f"model-config={model} is quantised, so its size is not known; pass --weights in GiB.")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -118,8 +116,6 @@ def _weight_bytes(model: str, config: Any, element_bytes: int) -> int:
             return count * element_bytes
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
         raise PlanError(
-            [
-                f"model-config={model}: its parameters cannot be counted ({str(error).splitlines()[0]}); pass "
-                "--weights in GiB."
-            ]
+            f"model-config={model}: its parameters cannot be counted ({str(error).splitlines()[0]}); pass "
+            "--weights in GiB."
         ) from None

@@ -43,7 +43,7 @@ def _axes() -> tuple[Any, Any]:
     try:
         import matplotlib
     except ImportError as error:
-        raise EvaluationError([f"Plots need matplotlib ({error}); pip install 'vllm-tokenfilter[eval]'."]) from None
+        raise EvaluationError(f"Plots need matplotlib ({error}); pip install 'vllm-tokenfilter[eval]'.") from None
     matplotlib.use("Agg")
     # The same file for the same numbers: no date, no random ids; text stays text.
     matplotlib.rcParams.update({"svg.hashsalt": "vllm-tokenfilter", "svg.fonttype": "none", "font.size": 10})

@@ -76,7 +76,7 @@ def run(request: TuningRequest, progress: Progress) -> Tuning:
     model, tokenizer = load_model(path, request.device)
     longest = int(model.config.get_text_config().max_position_embeddings)
     if request.length > longest:
-        raise EvaluationError([f"length={request.length} is beyond the model's {longest} tokens; use a shorter one."])
+        raise EvaluationError(f"length={request.length} is beyond the model's {longest} tokens; use a shorter one.")
     tuner = Tuner(model)
     pruned_layers(request.ratio, tuner.num_layers)
     tokens = list(tokenizer(prose, add_special_tokens=False)["input_ids"])
@@ -105,10 +105,8 @@ def _layers_of(path: Path, tuner: Tuner, origin: dict[str, Any]) -> list[Score]:
     theirs = {"model": before.model, "text": before.text, **before.parameters}
     for key, value in origin.items():
         if theirs.get(key) != value:
-            raise EvaluationError(
-                [f"reuse={path} was measured with {key}={theirs.get(key)}, not {value}; leave it out."]
-            )
+            raise EvaluationError(f"reuse={path} was measured with {key}={theirs.get(key)}, not {value}; leave it out.")
     known = [score for score in before.scores if score.name not in ("tuned", "uniform")]
     if len(known) != tuner.num_layers + 1:
-        raise EvaluationError([f"reuse={path} must hold each of the model's {tuner.num_layers} layers; leave it out."])
+        raise EvaluationError(f"reuse={path} must hold each of the model's {tuner.num_layers} layers; leave it out.")
     return known

@@ -47,6 +47,6 @@ def make_texts(tokenizer: Any, prose: list[int], length: int, trials: int, seed:
             texts += [TuningText(kind, trial.tokens, trial.num_answer) for trial in made]
     windows = perplexity.windows_of(prose, length, 0)
     if not windows:
-        raise EvaluationError([f"length={length} is longer than the text ({len(prose)} tokens); use a shorter one."])
+        raise EvaluationError(f"length={length} is longer than the text ({len(prose)} tokens); use a shorter one.")
     windows = random.Random(seed).sample(windows, min(len(texts), len(windows)))
     return texts + [TuningText("prose", window, TAIL - 1) for window in windows]

@@ -65,10 +65,8 @@ class Tuner:
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         if sorted(found) != list(range(self.num_layers)):
             raise EvaluationError(
-                [
-                    f"model={model.config.name_or_path or type(model).__name__} has attention layers that tune cannot "
-                    "tell apart; write a per_layer schedule by hand."
-                ]
+                f"model={model.config.name_or_path or type(model).__name__} has attention layers that tune cannot "
+                "tell apart; write a per_layer schedule by hand."
             )
         self._attentions = [found[index] for index in range(self.num_layers)]
         self._hidden: list[Tensor | None] = [None] * self.num_layers
@@ -217,8 +215,6 @@ def load_model(path: str, device: str | None) -> tuple[Any, Any]:
         return model.to(where).eval(), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise EvaluationError(
-            [
-                f"model={path} cannot be loaded on {where} ({str(error).splitlines()[0]}); pass another --model or "
-                "--device."
-            ]
+            f"model={path} cannot be loaded on {where} ({str(error).splitlines()[0]}); pass another --model or "
+            "--device."
         ) from None

@@ -52,7 +52,7 @@ def complete_together(
     for answer in answers:
         if not answer.success:
             reason = (answer.error.strip().splitlines() or ["no answer"])[-1]
-            raise EvaluationError([f"url={url} failed a request ({reason}); see the server's log."])
+            raise EvaluationError(f"url={url} failed a request ({reason}); see the server's log.")
     return [Timing(answer.ttft, list(answer.itl), answer.output_tokens) for answer in answers]
 
 
