@@ -10,6 +10,7 @@ from tests import reference
 from vllm_tokenfilter.evaluation import run as evaluation
 from vllm_tokenfilter.evaluation import tasks
 from vllm_tokenfilter.evaluation.perplexity import windows_of
+from vllm_tokenfilter.evaluation.plan import EvaluationPlan
 
 LENGTH = 512
 
@@ -33,7 +34,7 @@ def result(model_path, prose, tmp_path_factory):
     (folder / "boolq.jsonl").write_text("\n".join(map(json.dumps, rows)))
     short = [{"query": "Question: Where is Rome?", "choices": ["Italy", "Peru"], "gold": 0}] * 2
     (folder / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, short)))
-    plan = evaluation.EvaluationPlan(
+    plan = EvaluationPlan(
         model=model_path,
         methods=["variance_aware"],
         ratios=[0.5],

@@ -121,17 +121,8 @@ def run(plan: BenchmarkPlan, out: Path, progress: Progress) -> Benchmark:
     Raises:
         EvaluationError: a server does not start or answer, or `out` cannot be used.
     """
-    from vllm_tokenfilter.integration.offline.http_client import complete_together
-
-    parameters = {
-        "output_tokens": plan.output_tokens,
-        "contexts": plan.contexts,
-        "concurrencies": plan.concurrencies,
-        "settings": plan.settings,
-        "server_flags": plan.server_flags,
-        "urls": plan.urls,
-        "seed": plan.seed,
-    }
+    described = ("output_tokens", "contexts", "concurrencies", "settings", "server_flags", "urls", "seed")
+    parameters = {name: getattr(plan, name) for name in described}
     with contextlib.ExitStack() as stack:
         model = ", ".join(plan.urls) or Path(plan.model).name
         benchmark = Benchmark.resume(out, model=model, parameters=parameters)
@@ -149,38 +140,40 @@ def run(plan: BenchmarkPlan, out: Path, progress: Progress) -> Benchmark:
                     advance(f"{server.name}, {concurrency} x {context} tokens")
                     if (server.name, context, concurrency, repeat) in done:
                         continue
-                    draw = random.Random(f"{plan.seed} {context} {concurrency} {repeat}")
-                    # The warm-up need not be as long as the load.
-                    length = context if repeat >= 0 else min(context, 256)
-                    prompts = [[draw.randrange(100, 10000) for _ in range(length)] for _ in range(concurrency)]
-                    before = server.metrics()
-                    with PeakMemory(server) as memory:
-                        timings = complete_together(
-                            server.url, names[server.name], prompts, plan.output_tokens, plan.headers
-                        )
-                    if repeat < 0:
-                        continue
-                    after = server.metrics()
-                    between = sorted(value for timing in timings for value in timing.between)
-                    total = max(timing.first_token + sum(timing.between) for timing in timings)
-                    benchmark.samples.append(
-                        Sample(
-                            server=server.name,
-                            context=context,
-                            concurrency=concurrency,
-                            repeat=repeat,
-                            first_token_s=[timing.first_token for timing in timings],
-                            between_median_s=statistics.median(between) if between else 0.0,
-                            between_p99_s=between[min(len(between) - 1, int(0.99 * len(between)))] if between else 0.0,
-                            output_tokens_per_s=sum(timing.output_tokens for timing in timings) / total,
-                            requests_per_s=len(timings) / total,
-                            peak_resident_bytes=memory.peak,
-                            preemptions=after.get("preemptions", 0) - before.get("preemptions", 0),
-                        )
-                    )
-                    benchmark.summary = summarise(benchmark.samples)
-                    benchmark.write(out)
+                    sample = _measure(plan, server, names[server.name], context, concurrency, repeat)
+                    if repeat >= 0:
+                        benchmark.samples.append(sample)
+                        benchmark.summary = summarise(benchmark.samples)
+                        benchmark.write(out)
     return benchmark
+
+
+def _measure(plan: BenchmarkPlan, server: Server, name: str, context: int, concurrency: int, repeat: int) -> Sample:
+    """Send one load to one server; a repeat below 0 warms up and need not be as long."""
+    from vllm_tokenfilter.integration.offline.http_client import complete_together
+
+    draw = random.Random(f"{plan.seed} {context} {concurrency} {repeat}")
+    length = context if repeat >= 0 else min(context, 256)
+    prompts = [[draw.randrange(100, 10000) for _ in range(length)] for _ in range(concurrency)]
+    before = server.metrics()
+    with PeakMemory(server) as memory:
+        timings = complete_together(server.url, name, prompts, plan.output_tokens, plan.headers)
+    after = server.metrics()
+    between = sorted(value for timing in timings for value in timing.between)
+    total = max(timing.first_token + sum(timing.between) for timing in timings)
+    return Sample(
+        server=server.name,
+        context=context,
+        concurrency=concurrency,
+        repeat=repeat,
+        first_token_s=[timing.first_token for timing in timings],
+        between_median_s=statistics.median(between) if between else 0.0,
+        between_p99_s=between[min(len(between) - 1, int(0.99 * len(between)))] if between else 0.0,
+        output_tokens_per_s=sum(timing.output_tokens for timing in timings) / total,
+        requests_per_s=len(timings) / total,
+        peak_resident_bytes=memory.peak,
+        preemptions=after.get("preemptions", 0) - before.get("preemptions", 0),
+    )
 
 
 def _servers(plan: BenchmarkPlan, stack: contextlib.ExitStack) -> list[Server]:
@@ -189,17 +182,8 @@ def _servers(plan: BenchmarkPlan, stack: contextlib.ExitStack) -> list[Server]:
             Server(name, url.rstrip("/").removesuffix("/v1"), headers=plan.headers) for name, url in plan.urls.items()
         ]
     longest = max(plan.contexts) + plan.output_tokens + 1
-    flags = [
-        "--model",
-        plan.model,
-        "--served-model-name",
-        Path(plan.model).name,
-        "--max-model-len",
-        str(longest),
-        "--max-num-seqs",
-        str(max(plan.concurrencies)),
-        *plan.server_flags,
-    ]
+    flags = ["--model", plan.model, "--served-model-name", Path(plan.model).name, "--max-model-len", str(longest)]
+    flags += ["--max-num-seqs", str(max(plan.concurrencies)), *plan.server_flags]
     servers = [stack.enter_context(started(BASELINE, flags, {"VLLM_PLUGINS": ""}))]
     for ratio in plan.ratios:
         settings = json.dumps({CONFIG_KEY: {**plan.settings, "pruning_ratio": ratio}})

@@ -101,7 +101,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, baselines and dense."""
-    from vllm_tokenfilter.evaluation.run import EvaluationPlan, run
+    from vllm_tokenfilter.evaluation.plan import EvaluationPlan
+    from vllm_tokenfilter.evaluation.run import run
     from vllm_tokenfilter.evaluation.texts import load_text
     from vllm_tokenfilter.local.models import default_model_path
     from vllm_tokenfilter.local.settings_file import read_named_settings

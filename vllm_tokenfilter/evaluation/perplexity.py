@@ -38,14 +38,14 @@ def windows_of(tokens: list[int], length: int, count: int) -> list[list[int]]:
     return [tokens[start : start + length] for start in (starts[:count] if count else starts)]
 
 
-def score_windows(
+def measure(
     scorer: "ScoringEngine",
     windows: list[list[int]],
     step_tokens: int,
     dense: DenseWindows,
     advance: Callable[[], None],
-) -> list[WindowScores]:
-    """Score every window with the filter's present settings.
+) -> tuple[dict[str, float], list[float]]:
+    """Score every window with the filter's present settings: the values of a cell, and each window's mean loss in nats.
 
     Args:
         scorer: the engine.
@@ -81,11 +81,6 @@ def score_windows(
             advance()
 
     scorer.feed(windows, step_tokens, consume)
-    return scores
-
-
-def summarise(scores: list[WindowScores]) -> tuple[dict[str, float], list[float]]:
-    """Values of a cell and its samples: the mean negative log-likelihood of each window, in nats."""
     count = sum(score.count for score in scores)
     values = {
         "perplexity": math.exp(sum(score.nll for score in scores) / count),

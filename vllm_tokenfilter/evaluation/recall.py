@@ -8,9 +8,12 @@ the model ranks first, and their mean log-probability.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_tokenfilter.evaluation.tails import Tail
+from vllm_tokenfilter.evaluation.tails import score_tails
+
+if TYPE_CHECKING:
+    from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
 KINDS = ("passkey", "key_value", "copy")
 
@@ -96,8 +99,19 @@ def _hide(
 _TRIALS: dict[str, Callable[..., RecallTrial]] = {"passkey": _passkey, "key_value": _key_value, "copy": _copy}
 
 
-def summarise(answers: list[Tail]) -> tuple[dict[str, float], list[float]]:
-    """Values of a cell and its samples: the share of each answer's tokens ranked first."""
+def measure(
+    scorer: "ScoringEngine", trials: list[RecallTrial], step_tokens: int, advance: Callable[[], None]
+) -> tuple[dict[str, float], list[float]]:
+    """Ask every question with the filter's present settings: the values of a cell, and each one's token accuracy.
+
+    Args:
+        scorer: the engine.
+        trials: the questions.
+        step_tokens: tokens of each step.
+        advance: called once a question is answered.
+    """
+    texts, lengths = [trial.tokens for trial in trials], [trial.num_answer for trial in trials]
+    answers = score_tails(scorer, texts, lengths, step_tokens, advance)
     accuracy = [sum(answer.hits) / len(answer.hits) for answer in answers]
     mean = sum(accuracy) / len(accuracy)
     variance = sum((x - mean) ** 2 for x in accuracy) / max(1, len(accuracy) - 1)

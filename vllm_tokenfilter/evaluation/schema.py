@@ -57,9 +57,9 @@ class Cell(BaseModel):
     filter_active: bool
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes two cells the same measurement."""
-        return (repr(sorted(self.settings.items())), self.metric, repr(sorted(self.parameters.items())))
+    def key(self) -> str:
+        """See `key_of`."""
+        return key_of(FilterConfig.parse(self.settings), self.metric, self.parameters)
 
 
 class Evaluation(ResultFile):
@@ -75,6 +75,11 @@ class Evaluation(ResultFile):
     text: str
     seed: int
     cells: list[Cell] = []
+
+
+def key_of(config: FilterConfig, metric: str, parameters: dict[str, Any]) -> str:
+    """What makes two cells the same measurement."""
+    return repr((config, metric, sorted(parameters.items())))
 
 
 def settings_of(method: str, ratio: float, window: int, chunk: int, extra: dict[str, Any]) -> FilterConfig:
