@@ -274,7 +274,7 @@ REFUSALS = (
     ),
     Refusal(
         "block_size",
-        "is no multiple of 32, which the CPU attention kernels need",
+        "must be a multiple of 32, which the CPU attention kernels need",
         "use a multiple of 32, such as 128, or leave it out",
         lambda vllm_config, config: (
             vllm_config.cache_config.block_size

@@ -16,7 +16,7 @@ from vllm_tokenfilter.reports.figures import (
 )
 
 _INK = "#57606a"
-# Distinguishable without colour too: ours is drawn thick, every rival has a marker of its own.
+# Distinguishable without colour too: ours is drawn thick, every baseline has a marker of its own.
 _MARKERS = "osv^D<>Pp*"
 
 

@@ -171,14 +171,14 @@ def _wanted_ratio(body: bytes) -> float | str:
     try:
         wanted = json.loads(body)
     except ValueError as error:
-        return f"the body is no JSON ({error}); {remedy}"
+        return f"the body must be JSON ({error}); {remedy}"
     if not isinstance(wanted, dict):
-        return f"the body is no JSON object; {remedy}"
+        return f"the body must be a JSON object; {remedy}"
     if others := [key for key in wanted if key != "pruning_ratio"]:
         return f"{', '.join(map(str, others))} cannot change at run time, only pruning_ratio can; {remedy}"
     ratio = wanted.get("pruning_ratio")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        return f"pruning_ratio={ratio!r} is no number from 0 to below 1; {remedy}"
+        return f"pruning_ratio={ratio!r} must be a number from 0 to below 1; {remedy}"
     return float(ratio)
 
 

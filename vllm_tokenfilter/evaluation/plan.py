@@ -1,0 +1,101 @@
+"""What an evaluation measures: a grid of methods and settings, and what of each."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.evaluation import recall, tasks
+from vllm_tokenfilter.evaluation.schema import METHODS, settings_of
+
+QUALITY_METRICS = ("perplexity", "tasks", "recall")
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What to measure.
+
+    Attributes:
+        model: path or Hugging Face id.
+        methods: keys of schema.METHODS.
+        ratios: pruning ratios; dense is always measured first.
+        recent_windows: tokens.
+        chunk_sizes: tokens.
+        extra: settings that every cell of the grid has besides.
+        configs: name -> settings measured as they are, beside the grid.
+        metrics: of QUALITY_METRICS.
+        lengths: tokens of perplexity windows.
+        windows: windows per length; 0 for all the text has.
+        task_names: tasks, for the metric "tasks".
+        limit: rows per task; None for all.
+        recall_lengths: tokens of the text before the answer.
+        depths: where the fact stands, 0 to 1.
+        kinds: of recall.KINDS.
+        trials: per kind, length and depth.
+        seed: of the generators.
+        data_dir: local rows and text.
+    """
+
+    model: str
+    methods: list[str]
+    ratios: list[float]
+    recent_windows: list[int]
+    chunk_sizes: list[int]
+    metrics: list[str]
+    extra: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, FilterConfig] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=lambda: [2048])
+    windows: int = 8
+    task_names: list[str] = field(default_factory=lambda: list(tasks.PAPER_TASKS))
+    limit: int | None = None
+    recall_lengths: list[int] = field(default_factory=lambda: [700, 1500])
+    depths: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
+    kinds: list[str] = field(default_factory=lambda: list(recall.KINDS))
+    trials: int = 100
+    seed: int = 0
+    data_dir: Path | None = None
+
+    def points(self) -> list[tuple[str, FilterConfig]]:
+        """The grid: dense, every method at every ratio, chunk size and window, and the settings of files.
+
+        Raises:
+            EvaluationError: a name is unknown.
+            ConfigError: settings cannot hold together.
+        """
+        for method in self.methods:
+            if method not in METHODS:
+                raise EvaluationError(f"method={method} is unknown; use one of {', '.join(METHODS)}.")
+        points = [("dense", FilterConfig(pruning_ratio=0.0))]
+        for ratio in self.ratios:
+            for chunk in self.chunk_sizes:
+                for window in self.recent_windows:
+                    for method in self.methods:
+                        if ratio > 0:
+                            points.append((method, settings_of(method, ratio, window, chunk, self.extra)))
+        return points + list(self.configs.items())
+
+    def check(self) -> None:
+        """Refuse everything wrong with the plan before an engine starts.
+
+        Raises:
+            EvaluationError: a name, number or file is wrong.
+            ConfigError: settings cannot hold together.
+        """
+        reasons = [
+            f"metric={name} is unknown; use one of {', '.join(QUALITY_METRICS)}."
+            for name in self.metrics
+            if name not in QUALITY_METRICS
+        ]
+        reasons += [f"length={length} is too short to score; use at least 2." for length in self.lengths if length < 2]
+        reasons += [f"depth={depth} is outside 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
+        reasons += [
+            f"kind={kind} is unknown; use one of {', '.join(recall.KINDS)}."
+            for kind in self.kinds
+            if kind not in recall.KINDS
+        ]
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            reasons.append(f"data-dir={self.data_dir} must be a folder that exists; see docs/evaluation.md.")
+        if reasons:
+            raise EvaluationError(reasons)
+        self.points()
