@@ -7,6 +7,7 @@ import inspect
 import pickle
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ def test_the_cpu_writer_puts_keys_where_the_view_says():
     from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
 
-    from vllm_tokenfilter.integration.cpu.cache_view import read_tokens, view_paged_cache
+    from vllm_tokenfilter.integration.cpu.cache_view import view_paged_cache
 
     if not current_platform.is_cpu():
         pytest.skip("needs vLLM's CPU build")
@@ -91,9 +92,16 @@ def test_the_cpu_writer_puts_keys_where_the_view_says():
             slots = torch.tensor([blocks[i // block_size] * block_size + i % block_size for i in range(70)])
             key_cache, value_cache = layers[1].view(5, 3, 2 * block_size, head_size).chunk(2, dim=2)
             ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, slots, isa)
-            read_keys, read_values = read_tokens(view_paged_cache(layers, isa), 1, blocks, 70)
-            assert (torch.from_numpy(read_keys) == keys.float().transpose(0, 1)).all()
-            assert (torch.from_numpy(read_values) == values.float().transpose(0, 1)).all()
+            view, inside = view_paged_cache(layers, isa), slots.numpy() % block_size
+            base = view.layer_starts[1] + slots.numpy() // block_size * view.block_stride
+            heads = np.arange(3)[:, None, None] * view.head_stride
+            bits = view.elements.view(np.int32 if dtype == torch.float32 else np.int16)
+            for written, tokens, dims in (
+                (keys, view.key_tokens, view.key_dims),
+                (values, view.value_tokens, view.value_dims),
+            ):
+                read = torch.from_numpy(bits[heads + (base + tokens[inside])[:, None] + dims]).view(dtype)
+                assert torch.equal(read, written.transpose(0, 1))
 
 
 def test_the_name_is_registered_once_and_survives_pickling_and_copying():

@@ -71,32 +71,6 @@ def view_paged_cache(caches: Sequence[torch.Tensor], isa: str) -> PagedCache:
     )
 
 
-def read_tokens(cache: PagedCache, layer: int, blocks: Sequence[int], num_tokens: int) -> tuple[NDArray, NDArray]:
-    """Keys and values of a request's first `num_tokens` slots, float32 [num_kv_heads, num_tokens, head_size] each.
-
-    Args:
-        cache: the view.
-        layer: index into the view's layers.
-        blocks: the request's blocks in order.
-        num_tokens: slots to read.
-    """
-    slots = np.arange(num_tokens)
-    base = cache.layer_starts[layer] + np.asarray(blocks, np.int64)[slots // cache.block_size] * cache.block_stride
-    heads = np.arange(cache.num_kv_heads)[:, None, None] * cache.head_stride
-    inside = slots % cache.block_size
-    keys = cache.elements[heads + (base + cache.key_tokens[inside])[:, None] + cache.key_dims]
-    values = cache.elements[heads + (base + cache.value_tokens[inside])[:, None] + cache.value_dims]
-    return _widen(keys, cache), _widen(values, cache)
-
-
-def _widen(bits: NDArray, cache: PagedCache) -> NDArray:
-    if cache.encoding == FLOAT32:
-        return bits.view(np.float32)
-    if cache.encoding == BFLOAT16:
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return cache.widen_table[bits]
-
-
 def _float16_table() -> NDArray[np.float32]:
     return np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
 
