@@ -1,8 +1,9 @@
 """The results page's section on a GPU, from a file of benchmarks/gpu_attention.py; nothing where there is none."""
 
+from docs.render.markdown import markdown
 from docs.render.spread import Spread, figures, inverse
 from vllm_tokenfilter.reports.figures import Result
-from vllm_tokenfilter.reports.tables import Rows, markdown
+from vllm_tokenfilter.reports.tables import Rows
 
 #: docs/gpu.md: what was aimed at, before anything was measured.
 AGAINST_STORED, TIMES_FLOOR, SEALING_SHARE, SHARE_CONTEXT = 0.97, 2.0, 0.01, 32768

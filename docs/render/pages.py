@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from docs.render.files import files_block
 from docs.render.readme import readme_block
 from docs.render.results import load_results, results_page
+from docs.render.selection import selection_trials, settings_tried
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
 from vllm_tokenfilter.integration.server.metrics import METRICS
 from vllm_tokenfilter.reports import figures, plots
@@ -145,7 +146,7 @@ def quality_plot() -> str:
 
 def selection_plot() -> str:
     """docs/selection.svg: recall against loss of text, every setting tried."""
-    return plots.settings_tried(figures.selection_trials(_results()["selection_trials"]))
+    return settings_tried(selection_trials(_results()["selection_trials"]))
 
 
 def _with_block(page: Path, name: str, block: str) -> str:

@@ -1,7 +1,8 @@
 """The README's first figures: what half of the tokens removed gains and costs, by every layer alike and tuned."""
 
+from docs.render.markdown import markdown
 from vllm_tokenfilter.reports.figures import Result
-from vllm_tokenfilter.reports.tables import Rows, markdown
+from vllm_tokenfilter.reports.tables import Rows
 
 _MODEL = "SmolLM2-135M-Instruct"
 #: The two settings side by side, as the benchmarks name them and as the evaluations do.

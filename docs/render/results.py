@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from docs.render.gpu import gpu_section
+from docs.render.markdown import markdown
 from docs.render.paper_table import LONG, SHORT, paper_table
 from docs.render.spread import COLUMNS, figures, inverse
 from vllm_tokenfilter.reports.figures import Result
-from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, markdown, tuning_tables
+from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables, tuning_tables
 
 _BOOTSTRAP_DRAWS = 2000
 

@@ -9,10 +9,10 @@ import zlib
 
 import pytest
 
+from docs.render import selection
 from docs.render.readme import readme_block
 from docs.render.results import paired_intervals, results_page
 from tests.reports import sample
-from vllm_tokenfilter.reports import figures, plots
 from vllm_tokenfilter.reports.page import render_page
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
@@ -65,11 +65,11 @@ def test_repeated_tunings_stand_in_one_table_and_say_what_they_found():
 def test_the_frontier_is_what_no_other_setting_beats():
     points = {"tuned": (0.1, 0.9), "uniform": (0.05, 0.5), "linear": (0.2, 0.9), "first layers whole": (0.05, 0.4)}
     scores = [{"name": name, "prose_nll": 2 + nll, "token_accuracy": hit} for name, (nll, hit) in points.items()]
-    trials = figures.selection_trials({"scores": [{"name": "dense", "prose_nll": 2, "token_accuracy": 1}, *scores]})
-    assert [trial.name for trial in figures.frontier(trials)] == ["uniform", "tuned"]
+    trials = selection.selection_trials({"scores": [{"name": "dense", "prose_nll": 2, "token_accuracy": 1}, *scores]})
+    assert [trial.name for trial in selection.frontier(trials)] == ["uniform", "tuned"]
     assert len({trial.group for trial in trials}) == 3
-    drawn = plots.settings_tried(trials)
-    assert "linear" in drawn and "first layers whole" in drawn and drawn == plots.settings_tried(trials)
+    drawn = selection.settings_tried(trials)
+    assert "linear" in drawn and "first layers whole" in drawn and drawn == selection.settings_tried(trials)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

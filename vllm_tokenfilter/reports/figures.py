@@ -1,4 +1,4 @@
-"""What the reports show, taken from result files: series for plots and the four numbers of the README."""
+"""What the reports show, taken from result files: series for plots."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -86,48 +86,3 @@ def lengths(results: list[Result]) -> list[int]:
         if cell["metric"] == "perplexity"
     }
     return sorted(found, reverse=True)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting of `benchmarks/selection_trials.py`.
-
-    Attributes:
-        name: as in the file.
-        group: what it has in common with others: which layers it prunes.
-        nll: log-perplexity of running text above dense, nats per token.
-        recall: share of the answers' tokens ranked first.
-    """
-
-    name: str
-    group: str
-    nll: float
-    recall: float
-
-
-def selection_trials(result: Result) -> list[Trial]:
-    """Every setting tried but dense, in the file's order."""
-    dense, *others = result["scores"]
-
-    def group(name: str) -> str:
-        if name.startswith("tuned"):
-            return "the layers that recall spared"
-        return "other layers whole" if name.endswith("whole") else "all layers pruned"
-
-    return [
-        Trial(score["name"], group(score["name"]), score["prose_nll"] - dense["prose_nll"], score["token_accuracy"])
-        for score in others
-    ]
-
-
-def frontier(trials: list[Trial]) -> list[Trial]:
-    """Those that no other beats in one respect without losing in the other, by falling loss of text."""
-    best = [
-        own
-        for own in trials
-        if not any(
-            other.nll <= own.nll and other.recall >= own.recall and (other.nll, other.recall) != (own.nll, own.recall)
-            for other in trials
-        )
-    ]
-    return sorted(best, key=lambda trial: (trial.nll, trial.recall))

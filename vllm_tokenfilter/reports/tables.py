@@ -160,10 +160,3 @@ def _speed(row: dict[str, Any], name: str) -> str:
     if not ratio:
         return ""
     return f" ({ratio['median'] if name.endswith('_per_s') else 1 / ratio['median']:.2f} x)"
-
-
-def markdown(rows: Rows) -> str:
-    """Rows as a Markdown table."""
-    head, *body = rows
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
