@@ -265,6 +265,20 @@ class FilterConfig(BaseModel):
         return reasons
 
     @classmethod
+    def within(cls, additional_config: object) -> "FilterConfig":
+        """Read the settings in vLLM's `additional_config`; the defaults where it holds none.
+
+        Raises:
+            ConfigError: see `parse`, and settings of ours must not stand beside our key.
+        """
+        if isinstance(additional_config, str):
+            raise ConfigError([f"additional_config={additional_config} must be a mapping; write it as a JSON object."])
+        found = understood(additional_config) if isinstance(additional_config, Mapping) else {}
+        if beside := [key for key in found if str(key).replace("-", "_") in cls.model_fields]:
+            raise ConfigError([f"additional_config.{beside[0]} has no effect there; write it under {CONFIG_KEY}."])
+        return cls.parse(found.get(CONFIG_KEY))
+
+    @classmethod
     def parse(cls, settings: object) -> "FilterConfig":
         """Read the settings, refusing everything wrong with them at once.
 
@@ -287,6 +301,40 @@ class FilterConfig(BaseModel):
         if reasons := config._contradictions():
             raise ConfigError(reasons)
         return config
+
+
+def understood(additional_config: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What vLLM's `additional_config` holds, with underscores in our key and in those under it, for dashes too.
+
+    Raises:
+        ConfigError: a key is nearly ours and would be ignored, or holds no settings.
+    """
+    found: dict[Any, Any] = {}
+    for key, value in additional_config.items():
+        name = str(key).replace("-", "_")
+        if name == CONFIG_KEY:
+            if not isinstance(value, Mapping | None):
+                FilterConfig.parse(value)
+            found[name] = merged(found.get(name, {}), _underscored(value or {}))
+        elif difflib.get_close_matches(name.lower(), [CONFIG_KEY], cutoff=0.7):
+            raise ConfigError([f"additional_config.{key} is not a key of this plugin; did you mean {CONFIG_KEY}?"])
+        else:
+            found[key] = value
+    return found
+
+
+def merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, key by key; where both have a value, the second's."""
+    found = dict(first)
+    for key, value in then.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def _underscored(value: Any) -> Any:
+    is_leaf = not isinstance(value, Mapping)
+    return value if is_leaf else {str(key).replace("-", "_"): _underscored(item) for key, item in value.items()}
 
 
 def _explain(detail: Mapping[str, Any]) -> str:

@@ -59,6 +59,31 @@ def test_bad_input_ends_in_one_sentence(tmp_path, arguments, sentence):
     assert last.startswith("vllm-tokenfilter: ") and sentence in last
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["serve", *MODEL],
+        ["serve"],
+        ["bench", *MODEL, "--quick"],
+        ["eval", *MODEL],
+        ["verify", *MODEL],
+        ["plan", "--model-config", "nowhere", "--context", "100"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("content", [b"port: 8000 # gr\xfc\xdfe", "port: 8000".encode("utf-16"), b"port: [", b""])
+def test_a_settings_file_that_cannot_be_read_ends_in_one_sentence(tmp_path, command, content):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    (tmp_path / "config.yaml").write_bytes(content)
+    done = run_command(*command, "--config", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("vllm-tokenfilter: Token Filtering configuration refused: config=config.yaml ")
+    )
+
+
 def test_a_result_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"precious": 1}')
     done = run_command("eval", *MODEL, cwd=tmp_path)

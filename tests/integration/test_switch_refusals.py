@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm_tokenfilter.cli.serve import EMBEDDED_FILTER
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import engine_core, refusals
+from vllm_tokenfilter.integration.server.arguments import EMBEDDED_FILTER
 
 
 def prepared(monkeypatch, settings, ratio):

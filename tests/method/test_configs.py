@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vllm_tokenfilter.cli import serve
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.local.settings_file import read_settings
 
@@ -39,6 +38,9 @@ def test_a_shipped_config_parses(parser, path):
 
 
 def test_the_embedded_model_is_served_with_what_tune_found_unless_told_otherwise():
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm_tokenfilter.integration.server import arguments as serve
+
     found = json.loads((FILES[0].parents[1] / "benchmarks" / "results" / "tuning.json").read_text())["settings"]
     tuned = next(path for path in FILES if path.stem == "smollm2-135m-tuned")
     for settings in (serve.EMBEDDED_FILTER, read_settings(tuned).model_dump(mode="json")):

@@ -184,11 +184,13 @@ def _servers(plan: BenchmarkPlan, stack: contextlib.ExitStack) -> list[Server]:
     longest = max(plan.contexts) + plan.output_tokens + 1
     flags = ["--model", plan.model, "--served-model-name", Path(plan.model).name, "--max-model-len", str(longest)]
     flags += ["--max-num-seqs", str(max(plan.concurrencies)), *plan.server_flags]
-    servers = [stack.enter_context(started(BASELINE, flags, {"VLLM_PLUGINS": ""}))]
+    from vllm_tokenfilter.integration.server.arguments import read, server_arguments, words_of
+
+    servers = [stack.enter_context(started(BASELINE, words_of(read(flags)), {"VLLM_PLUGINS": ""}))]
+    settings = ["--additional-config", json.dumps({CONFIG_KEY: plan.settings})]
     for ratio in plan.ratios:
-        settings = json.dumps({CONFIG_KEY: {**plan.settings, "pruning_ratio": ratio}})
-        ours = ["--attention-backend", "TOKEN_FILTERING", "--additional-config", settings]
-        servers.append(stack.enter_context(started(f"r={ratio:g}", [*flags, *ours], {})))
+        ours = server_arguments([*flags, *settings], None, ratio)
+        servers.append(stack.enter_context(started(f"r={ratio:g}", ours, {})))
     return servers
 
 

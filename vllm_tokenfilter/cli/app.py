@@ -39,7 +39,7 @@ def _root(
 
 def serve(
     context: typer.Context,
-    config: Annotated[str | None, typer.Option(help="A vLLM --config file, such as those in configs/.")] = None,
+    config: Annotated[list[str] | None, typer.Option(help="A vLLM --config file, such as those in configs/.")] = None,
     pruning_ratio: Annotated[
         float | None, typer.Option(help="Share of each sealed chunk that leaves the KV cache; wins over the file.")
     ] = None,
@@ -52,22 +52,23 @@ def serve(
     """
     from vllm_tokenfilter.cli.serve import run
 
-    run(context.args, config, pruning_ratio)
+    run(context.args, config or [], pruning_ratio)
 
 
 def verify(
     model: Annotated[str | None, typer.Option(help="Model to try; default: the embedded one.")] = None,
-    pruning_ratio: Annotated[float, typer.Option(help="Ratio to try; without effect beside --config.")] = 0.5,
-    config: Annotated[Path | None, typer.Option(help="Try the settings of this vLLM --config file instead.")] = None,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(help="Ratio to try; wins over the file's, and is 0.5 without one.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Try the settings of this vLLM --config file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove the installation: versions, dense and filtered generation side by side, what was filtered."""
     from vllm_tokenfilter.cli.verify import print_report
-    from vllm_tokenfilter.config import FilterConfig
     from vllm_tokenfilter.integration.offline import verification
     from vllm_tokenfilter.local.settings_file import read_settings
 
-    settings = FilterConfig.parse({"pruning_ratio": pruning_ratio}) if config is None else read_settings(config)
+    settings = read_settings(config, pruning_ratio)
     with progress_bar() as progress:
         report = verification.verify(model, settings, progress)
     passed = all(report["checks"].values())

@@ -39,10 +39,10 @@ def bench(
 
     embedded = model is None and not url
     flags = list(run_context.args)
-    if embedded and not {"--enforce-eager", "--no-enforce-eager"} & set(flags):
-        flags.append("--enforce-eager")
-    if embedded and not any(flag.startswith("--kv-cache-memory-bytes") for flag in flags):
-        flags += ["--kv-cache-memory-bytes", str(1 << 30)]
+    if embedded:
+        from vllm_tokenfilter.integration.server.arguments import embedded_defaults, read
+
+        flags += embedded_defaults(read(flags), {"kv-cache-memory-bytes": str(1 << 30)})
     urls: dict[str, str] = {}
     for entry in url or []:
         name, equals, address = entry.partition("=")

@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
 from vllm_tokenfilter.kernels.rules import GPU_SELECTORS, MAX_CHUNK_SIZE
 from vllm_tokenfilter.layout import Layout, shares_prefixes
@@ -48,10 +48,9 @@ def settings_of(vllm_config: VllmConfig) -> FilterConfig:
     """Our settings in a vLLM configuration; the defaults where there are none.
 
     Raises:
-        ConfigError: see `FilterConfig.parse`.
+        ConfigError: see `FilterConfig.within`.
     """
-    extra = vllm_config.additional_config
-    return FilterConfig.parse(extra.get(CONFIG_KEY) if isinstance(extra, dict) else None)
+    return FilterConfig.within(vllm_config.additional_config)
 
 
 def unsupported_reasons(vllm_config: VllmConfig, config: FilterConfig) -> list[str]:
@@ -218,6 +217,12 @@ REFUSALS = (
         lambda vllm_config, config: (
             vllm_config.model_config.runner_type if vllm_config.model_config.runner_type != "generate" else None
         ),
+    ),
+    Refusal(
+        "attention_config.backend_per_kind",
+        "gives kinds of layers a backend of their own, and which layers are filtered is ours to say",
+        "leave it out, select TOKEN_FILTERING for all, and keep layers whole with dense_layers",
+        lambda vllm_config, config: _only(list(vllm_config.attention_config.backend_per_kind)),
     ),
     Refusal(
         "attention_config.use_non_causal",

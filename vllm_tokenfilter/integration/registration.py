@@ -36,7 +36,7 @@ def register_names() -> AttentionBackendEnum:
 
 def is_ours(backend: Any) -> bool:
     """Whether a configured backend (member, name or None) is Token Filtering."""
-    name = getattr(backend, "name", backend)
+    name = str(getattr(backend, "name", backend)).upper()
     if name == AttentionBackendEnum.CUSTOM.name:
         return AttentionBackendEnum.CUSTOM.is_overridden() and AttentionBackendEnum.CUSTOM.get_path() == BACKEND_PATH
     return name == BACKEND_NAME

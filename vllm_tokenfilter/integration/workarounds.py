@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig
+from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, understood
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
 from vllm_tokenfilter.integration import refusals, registration
 from vllm_tokenfilter.layout import Layout
@@ -144,7 +144,11 @@ def name_metrics_plugin() -> None:
 
 def _select(args: EngineArgs) -> bool:
     """Whether these arguments mean Token Filtering; settings without a named backend select it."""
+    if str(args.attention_backend).lower() == "auto":
+        args.attention_backend = None
     named = args.attention_backend or getattr(args.attention_config, "backend", None)
+    if isinstance(args.additional_config, dict):
+        args.additional_config = understood(args.additional_config)
     settings = args.additional_config.get(CONFIG_KEY) if isinstance(args.additional_config, dict) else None
     if named is None and settings is not None:
         args.attention_backend = registration.register_names()
@@ -158,7 +162,8 @@ def _select(args: EngineArgs) -> bool:
             ]
         )
     if not registration.is_ours(named):
-        return False
+        # `backend_per_kind` alone would lead to our backend past every check; it is refused with the others.
+        return any(map(registration.is_ours, args.attention_config.backend_per_kind.values()))
     # CUSTOM becomes our own name, which brings its registration into every process.
     member = registration.register_names()
     if args.attention_backend:
@@ -169,8 +174,7 @@ def _select(args: EngineArgs) -> bool:
 
 
 def _prepare(args: EngineArgs) -> None:
-    settings = args.additional_config.get(CONFIG_KEY) if isinstance(args.additional_config, dict) else None
-    config = FilterConfig.parse(settings)
+    config = FilterConfig.within(args.additional_config)
     if (version := refusals.vllm_version()) is not None:
         raise UnsupportedError([refusals.REFUSALS[0].sentence(version)])
     if config.pruning_ratio > 0:
