@@ -103,7 +103,9 @@ def status_round_trips(calls, requests, tokens):
         started = time.perf_counter()
         status = llm.llm_engine.engine_core.call_utility("token_filtering_status")
         samples.append(time.perf_counter() - started)
-    return samples, {key: status[key] for key in ("tokens_seen", "tokens_pruned", "rows_filtered", "rows_dense")}
+    return samples, {
+        key: status["counters"][key] for key in ("tokens_seen", "tokens_pruned", "rows_filtered", "rows_dense")
+    }
 
 
 def main():

@@ -173,13 +173,22 @@ class FilterConfig(BaseModel):
         """The layout of a layer that has the ratio itself; `kept_per_chunk` is rounded to whole tokens once, here."""
         return self._layout_without(round(self.pruning_ratio * self.chunk_size))
 
-    def layouts(self, num_layers: int) -> tuple[Layout | None, ...]:
-        """The layout of every layer of a model, from the first to the last; None where a layer keeps every token.
+    def layer_settings(self, num_layers: int) -> list[tuple[float, Layout | None, float]]:
+        """What a `LayerPlan` starts from, for every layer: pruning ratio, layout (None: all tokens), ratio of skipping.
 
         Raises:
-            ConfigError: the schedule does not fit so many layers, or leaves a layer too little.
+            ConfigError: a schedule does not fit so many layers, or leaves a layer too little.
         """
-        ratios = self.schedule.layer_ratios(self.pruning_ratio, num_layers)
+        skipping, resolved = self.attention_skipping, []
+        reasons: list[str] = []
+        for schedule, mean in ((self.schedule, self.pruning_ratio), (skipping.schedule, skipping.ratio)):
+            try:
+                resolved.append(schedule.layer_ratios(mean, num_layers))
+            except ConfigError as error:
+                reasons += error.reasons
+        if reasons:
+            raise ConfigError(reasons)
+        ratios, skipped = resolved
         # Ratios that rise layer by layer would make a KV-cache group of each: eighths of a chunk are fine enough.
         fine = self.schedule.kind != "linear" or self.chunk_size % 8
         counts = whole_tokens(ratios, self.chunk_size, 1 if fine else self.chunk_size // 8)
@@ -189,24 +198,9 @@ class FilterConfig(BaseModel):
                 f"chunk, which must hold {max(1, self.sink_tokens)}; use a lower pruning_ratio, fewer sink_tokens "
                 "or a larger chunk_size."
             )
-        return tuple(
-            self._layout_without(count) if count and self.filters_layer(index) else None
-            for index, count in enumerate(counts)
-        )
-
-    def skip_units(self, num_layers: int) -> tuple[int, ...]:
-        """The share of tokens whose attention each layer skips, in units of 1 / SKIP_UNITS.
-
-        Raises:
-            ConfigError: the schedule does not fit so many layers.
-        """
-        skipping = self.attention_skipping
-        ratios = skipping.schedule.layer_ratios(skipping.ratio, num_layers)
-        return tuple(round(ratio * SKIP_UNITS) for ratio in ratios)
-
-    def filters_layer(self, layer_index: int) -> bool:
-        """Whether `first_layer` and `dense_layers` let the layer of this index, counted from 0, be filtered."""
-        return layer_index >= self.first_layer and layer_index not in self.dense_layers
+        dense = {*range(self.first_layer), *self.dense_layers}
+        layouts = [self._layout_without(n) if n and index not in dense else None for index, n in enumerate(counts)]
+        return list(zip(ratios, layouts, skipped, strict=True))
 
     @property
     def active(self) -> bool:

@@ -113,8 +113,8 @@ def configuration_page() -> str:
 
 def compatibility_page() -> str:
     """docs/compatibility.md: what is refused at start, and which layers and rows stay dense."""
-    from vllm_tokenfilter.integration.counters import DenseReason
     from vllm_tokenfilter.integration.refusals import REFUSALS, SUPPORTED_VLLM
+    from vllm_tokenfilter.layer_plan import DenseReason
 
     version = ".".join(map(str, SUPPORTED_VLLM))
     rows = "\n".join(f"| `{refusal.setting}` | {refusal.reason} | {refusal.remedy} |" for refusal in REFUSALS)

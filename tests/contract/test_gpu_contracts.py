@@ -210,7 +210,7 @@ def test_a_layers_forward_writes_the_cache_and_then_hands_its_own_metadata_to_th
 def test_an_implementation_that_may_skip_keeps_queries_and_outputs_in_the_models_type():
     impl = gpu_backend.backend_over("TRITON_ATTN").get_impl_cls()
     names = [owner.__name__ for owner in impl.__mro__[:4]]
-    assert names == ["ImplOverTRITON_ATTN", "SkippingImpl", "SortingImpl", "TritonAttentionImpl"]
+    assert names == ["ImplOverTRITON_ATTN", "SkippingImpl", "PlanningImpl", "TritonAttentionImpl"]
     assert impl.skipping is None
     assert impl.forward is gpu_skipping.SkippingImpl.forward
     theirs = AttentionBackendEnum.TRITON_ATTN.get_class().get_impl_cls()

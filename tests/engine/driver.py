@@ -177,7 +177,7 @@ class Engine:
         """Note who wrote which block, and whose blocks a run took over; a block is named by its group and number."""
         filtered, size = builder.layout is not None, builder.block_size
         layout = builder.layout or builder.config.layout
-        layers = [*builder._filtered, *(index for indices in builder._dense.values() for index in indices)]
+        layers = builder.plan.indices
         # What is taken over comes in pieces of a chunk where layers are filtered, of a block where they are dense.
         piece, blocks_per_piece = (layout.chunk_size, layout.kept_per_chunk // size) if filtered else (size, 1)
         for row, run in enumerate(self._rows):

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.planning.capacity import Layer, Shape, kv_capacity
+from vllm_tokenfilter.layer_plan import LayerFacts, LayerPlan
+from vllm_tokenfilter.planning.capacity import Shape, kv_capacity
 from vllm_tokenfilter.planning.model_shape import read_shape
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -16,7 +17,7 @@ SETTINGS = (
     {"pruning_ratio": 0.5, "first_layer": 7},
     {"pruning_ratio": 0.6, "dense_layers": [2, 17, 18]},
 )
-FULL, WINDOW = Layer(), Layer("sliding", 1024)
+FULL, WINDOW = LayerFacts(), LayerFacts("sliding", 1024)
 MODELS = {"full": (FULL,) * 30, "five to one": ((WINDOW,) * 5 + (FULL,)) * 5}
 
 
@@ -71,14 +72,15 @@ def test_the_plan_is_what_vllms_own_sizing_gives(started, monkeypatch, model, co
     for settings, memory in itertools.product(SETTINGS, (200_000_000, 900_000_000)):
         config = FilterConfig.parse(settings)
         specs = {}
-        for index, layer in enumerate(layers):
+        plan = LayerPlan.of(config, len(layers), dict(enumerate(layers)))
+        for layer, row in zip(layers, plan.rows, strict=True):
             if layer.kind == "sliding":
                 spec = SlidingWindowSpec(**size, sliding_window=layer.window)
-            elif config.pruning_ratio and config.filters_layer(index):
-                spec = FilteredAttentionSpec(**size, layout=config.layout, max_step_tokens=min(step, context))
+            elif row.layout is not None:
+                spec = FilteredAttentionSpec(**size, layout=row.layout, max_step_tokens=min(step, context))
             else:
                 spec = FullAttentionSpec(**size)
-            specs[f"layer.{index}"] = spec
+            specs[f"layer.{row.index}"] = spec
         groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
         sized = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, memory)
         tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, sized)

@@ -9,6 +9,7 @@ import pytest
 from tests import reference
 from tests.engine.driver import Engine, check
 from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.layer_plan import LayerPlan
 
 LAYERS = 30
 TAIL = (0.0,) * 10 + (0.75,) * 20
@@ -65,7 +66,7 @@ def settings_of(name):
     config = FilterConfig.parse(settings)
     if other is None:
         steps = [min(0.5, 0.9) * index / (LAYERS - 1) for index in range(LAYERS)]
-        kept = {index: layout.kept_per_chunk for index, layout in enumerate(config.layouts(LAYERS)) if layout}
+        kept = {row.index: row.layout.kept_per_chunk for row in LayerPlan.of(config, LAYERS).rows if row.layout}
         assert abs(sum(64 - kept.get(index, 64) for index in range(LAYERS)) / LAYERS / 64 - 0.25) < 0.002
         other = {"kept_of": kept, "skip": tuple(steps), "substitute": "window", "skip_window": 128}
     return config, reference.Settings(**other)
@@ -117,10 +118,10 @@ def run_a_mixed_batch(engine, model, tokens, name):
 def test_decisions_and_log_probabilities_equal_the_reference(engine, model, tokens, name):
     config, engine.settings = settings_of(name)
     engine.use(config)
-    before = engine.status()
+    before = engine.status()["counters"]
     runs = run_a_mixed_batch(engine, model, tokens, name)
     skipped = sum(sum(decisions) for run in runs for decisions in run.skipped.values())
-    status = engine.status()
+    status = engine.status()["counters"]
     assert status["attentions_skipped"] - before["attentions_skipped"] == skipped > 0
     assert status["reads_done"] < status["reads_filtered"] <= status["reads_dense"]
 
@@ -166,7 +167,7 @@ def test_every_request_skips_its_layers_share_of_1000_decoded_tokens(engine, mod
         engine.add(f"share-{name}.", prompt, 1000)
     while engine.engine.has_unfinished_requests():
         engine.step()
-    ratios = np.array(config.skip_units(LAYERS)) / 10000
+    ratios = np.array([row.skip_units for row in LayerPlan.of(config, LAYERS).rows]) / 10000
     assert np.ptp(ratios) > 0.4
     for name, prompt in prompts.items():
         skipped = engine.records[f"share-{name}."].runs[0].skipped

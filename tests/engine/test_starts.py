@@ -55,7 +55,7 @@ def test_ratio_zero_is_stock_vllm_bit_for_bit(generate):
     )
     assert ours["tokens"] == stock["tokens"]
     assert ours["logprobs"] == stock["logprobs"]
-    assert ours["status"][0]["layers_dense"] == {"pruning_ratio_zero": list(range(30))}
+    assert ours["status"][0]["layers"]["dense"] == {"pruning_ratio_zero": list(range(30))}
     assert "filters no layer" in log
 
 
@@ -63,7 +63,8 @@ def test_a_spawned_engine_filters_counts_and_says_so(generate):
     ours, log = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
     stock, _ = generate("stock", {"VLLM_PLUGINS": "none"}, enable_prefix_caching=False)
     status = ours["status"][0]
-    assert status["backend"] == "TOKEN_FILTERING" and status["layers_filtered"] == list(range(30))
+    assert status["backend"] == "TOKEN_FILTERING" and status["layers"]["filtered"] == list(range(30))
+    status = status["counters"]
     assert 0 < status["tokens_pruned"] == status["tokens_sealed"] // 2 < status["tokens_seen"]
     assert status["rows_dense"]["shorter_than_window_and_chunk"] > 0
     assert ours["logprobs"] != stock["logprobs"][:8], "nothing changed, so nothing was filtered"
@@ -76,7 +77,7 @@ def test_custom_and_settings_alone_select_the_same_backend(generate):
     named, _ = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
     custom, _ = generate("custom", prompts=8, status=True, attention_backend="CUSTOM", additional_config=HALF)
     assert custom["tokens"] == named["tokens"] and custom["logprobs"] == named["logprobs"]
-    assert custom["status"][0]["tokens_pruned"] == named["status"][0]["tokens_pruned"]
+    assert custom["status"][0]["counters"]["tokens_pruned"] == named["status"][0]["counters"]["tokens_pruned"]
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_a_compiled_engine_filters(generate):
         attention_backend="TOKEN_FILTERING",
         additional_config=HALF,
     )
-    assert compiled["status"][0]["tokens_pruned"] > 0
+    assert compiled["status"][0]["counters"]["tokens_pruned"] > 0
     assert all(len(tokens) == 64 for tokens in compiled["tokens"])
 
 

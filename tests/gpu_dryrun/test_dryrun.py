@@ -139,10 +139,11 @@ def test_the_engine_gives_the_references_tokens(tiny, tmp_path, v2):
     found = generate(folder, tmp_path / "out.json", [prompts], {"pruning_ratio": 0.5}, v2, enable_prefix_caching=False)
     assert found["runner"].endswith(".gpu.model_runner" if v2 else ".gpu_model_runner")
     status = found["status"]
-    assert status["inner_backend"] == "TRITON_ATTN" and status["layers_filtered"] == [0, 1]
+    assert status["inner_backends"] == ["TRITON_ATTN"] and status["layers"]["filtered"] == [0, 1]
     assert found["builders"] == ["FilteringBuilderOverTRITON_ATTN"]
     hold_to_reference(model, found, prompts, reference.Settings(ratio=0.5))
     sealed = sum((length + NEW_TOKENS - 1 - 64) // 64 for length in LENGTHS if length > 128)
+    status = status["counters"]
     assert status["tokens_sealed"] == 64 * sealed and status["tokens_pruned"] == 32 * sealed
     assert status["seal_seconds"] > 0, "the events around seals were not read"
 
@@ -163,7 +164,7 @@ def test_a_request_that_hits_the_prefix_cache_beside_dense_layers_gives_the_refe
         model, found, [first, second], reference.Settings(ratio=0.5, dense_layers=(1,)), taken_over
     )
     assert results[1][0] > 0
-    assert found["status"]["layers_dense"] == {"configured_dense": [1]}
+    assert found["status"]["layers"]["dense"] == {"configured_dense": [1]}
 
 
 SKIPPING = {
@@ -191,7 +192,8 @@ def test_attention_is_skipped_as_the_reference_skips_it(tiny, tmp_path, name):
     own = reference.Settings(**others, skip=(0.5, 0.5), substitute=substitute, skip_window=32)
     results = hold_to_reference(model, found, prompts, own)
     status = found["status"]
-    assert status["layers_skipping"] == [0, 1] and status["layers_unskipped"] == {}
+    assert status["layers"]["skipping"] == [0, 1] and status["layers"]["unskipped"] == {}
+    status = status["counters"]
     assert status["attentions_skipped"] == sum(sum(skipped) for _, _, skipped in found["skips"]) > 0
     # The last token that is asked for is never computed, unless async scheduling did it ahead.
     decided = sum(2 * (len(result.skipped[0]) - own.warmup) for _, result in results[1:])

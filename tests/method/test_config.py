@@ -92,11 +92,6 @@ def test_a_configuration_cannot_change_after_it_is_read():
         FilterConfig().pruning_ratio = 0.9
 
 
-def test_layers_are_chosen_by_first_layer_and_dense_layers():
-    config = FilterConfig.parse({"first_layer": 2, "dense_layers": [4]})
-    assert [index for index in range(6) if config.filters_layer(index)] == [2, 3, 5]
-
-
 @pytest.mark.parametrize(
     "ratio, chunk, kept", [(0, 64, 64), (0.5, 64, 32), (0.3, 64, 45), (0.75, 48, 12), (0.9, 64, 6)]
 )

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.schedule import Schedule, whole_tokens
 
 RATIOS = st.floats(0, 0.99)
@@ -36,7 +37,7 @@ def test_whole_tokens_keep_the_mean_of_the_layouts(kind, mean, num_layers, chunk
     settings = {"pruning_ratio": mean, "chunk_size": chunk, "recent_window": 128, "anchor_terms": 16, "sink_tokens": 1}
     config = FilterConfig.parse({**settings, "schedule": {"kind": kind}})
     try:
-        layouts = config.layouts(num_layers)
+        layouts = [row.layout for row in LayerPlan.of(config, num_layers).rows]
     except ConfigError:
         assume(False)
     removed = [0 if layout is None else layout.removed_per_chunk for layout in layouts]
@@ -70,7 +71,7 @@ def test_rounding_moves_no_layer_by_more_than_one_quantum(ratios, quantum):
 )
 def test_what_does_not_fit_the_model_is_refused_in_words(settings, num_layers, sentence):
     with pytest.raises(ConfigError) as refusal:
-        FilterConfig.parse(settings).layouts(num_layers)
+        LayerPlan.of(FilterConfig.parse(settings), num_layers)
     assert sentence in str(refusal.value)
 
 

@@ -8,11 +8,12 @@ import pytest
 from tests.command import run_command
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import PlanError
+from vllm_tokenfilter.layer_plan import LayerFacts
 from vllm_tokenfilter.layout import stored_tokens
-from vllm_tokenfilter.planning.capacity import Layer, Shape, kv_capacity
+from vllm_tokenfilter.planning.capacity import Shape, kv_capacity
 
 REPORTED = Path(__file__).parents[2] / "benchmarks" / "results" / "capacity.json"
-SMOLLM2 = Shape((Layer(),) * 30, num_kv_heads=3, head_size=64, element_bytes=2, weight_bytes=269_000_000)
+SMOLLM2 = Shape((LayerFacts(),) * 30, num_kv_heads=3, head_size=64, element_bytes=2, weight_bytes=269_000_000)
 SETTINGS = {
     "stock": None,
     "r=0.5": {"pruning_ratio": 0.5},
@@ -43,7 +44,7 @@ def test_a_step_of_decoding_reads_what_is_stored():
 
 
 def test_ranks_share_heads_until_each_has_one():
-    shape = Shape((Layer(),) * 32, num_kv_heads=8, head_size=128, element_bytes=2, weight_bytes=0)
+    shape = Shape((LayerFacts(),) * 32, num_kv_heads=8, head_size=128, element_bytes=2, weight_bytes=0)
     one = capacity(shape, cache_bytes=8 << 30)
     four, sixteen = (capacity(shape, cache_bytes=8 << 30, tensor_parallel=ranks) for ranks in (4, 16))
     assert four.max_concurrency == pytest.approx(4 * one.max_concurrency)
@@ -92,6 +93,25 @@ def test_the_settings_of_a_file_are_planned_for(config_file, tmp_path):
     assert done.returncode == 0, done.stderr
     stock, tuned = json.loads(done.stdout)["settings"]
     assert tuned["name"] == "tuned" and 1.3 < tuned["times_stock"] < 1.6 and stock["name"] == "stock vLLM"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "bloom", "hidden_size": 64, "n_layer": 4, "n_head": 4},
+        {"model_type": "mpt", "d_model": 64, "n_layers": 4, "n_heads": 4, "attn_config": {"alibi": True}},
+        {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "alibi": True},
+    ],
+    ids=lambda model: model["model_type"],
+)
+def test_layers_with_alibi_stay_dense_as_on_the_server(tmp_path, model):
+    pytest.importorskip("torch", reason="torch is not installed")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(model))
+    done = run_command("plan", "--model-config", path, "--kv-cache", 1, "--context", 4096, "--ratio", 0.5, "--json")
+    assert done.returncode == 0, done.stderr
+    stock, half = json.loads(done.stdout)["settings"]
+    assert half["times_stock"] == 1.0 and half["read_bytes"] == stock["read_bytes"]
 
 
 @pytest.mark.parametrize(

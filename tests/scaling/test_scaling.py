@@ -78,7 +78,9 @@ def compare(one, spread, num_workers):
     pairs = zip(one["logprobs"], spread["logprobs"], strict=True)
     worst = max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
     assert worst < TOLERANCE
-    assert all(status["tokens_seen"] == one["status"][0]["tokens_seen"] for status in spread["status"])
+    assert all(
+        status["counters"]["tokens_seen"] == one["status"][0]["counters"]["tokens_seen"] for status in spread["status"]
+    )
     return {
         "workers": num_workers,
         "requests": len(one["tokens"]),
@@ -86,8 +88,8 @@ def compare(one, spread, num_workers):
         "choices_equal": True,
         "tokens_equal": True,
         "greatest_logprob_difference": worst,
-        "tokens_pruned": spread["status"][0]["tokens_pruned"],
-        "rows_dense": spread["status"][0]["rows_dense"],
+        "tokens_pruned": spread["status"][0]["counters"]["tokens_pruned"],
+        "rows_dense": spread["status"][0]["counters"]["rows_dense"],
         "seconds": spread["seconds"],
         "seconds_of_one": one["seconds"],
     }

@@ -31,7 +31,7 @@ LAYERS = (
     ("integration.cpu", "integration.gpu"),
     ("integration.server", "integration.offline"),
     # What vLLM loads by path, and what leads into any room.
-    ("integration.dispatch", "integration.worker", "integration.plugin"),
+    ("integration.dispatch", "integration.plugin"),
     ("evaluation", "tuning", "inspection", "bench"),
     ("reports",),
     ("cli",),

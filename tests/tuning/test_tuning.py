@@ -15,6 +15,7 @@ from tests.command import run_command
 from tests.tiny import tiny_model  # noqa: F401
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.local.settings_file import read_settings
 from vllm_tokenfilter.tuning import search, texts, tuner
 from vllm_tokenfilter.tuning.run import TuningRequest, run
@@ -72,7 +73,7 @@ def test_the_mean_ratio_is_met_or_refused(ratio, num_layers):
         assert "use at most" in str(error)
         return
     config = search.pruning_config(range(count), num_layers, chunk)
-    removed = [layout.effective_ratio if layout else 0 for layout in config.layouts(num_layers)]
+    removed = [row.layout.effective_ratio if row.layout else 0 for row in LayerPlan.of(config, num_layers).rows]
     assert sum(removed) / num_layers >= ratio - 1e-6
     assert 0 < count < num_layers or num_layers == 1
     # One layer fewer would not do.
@@ -121,7 +122,7 @@ def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F
     assert config.model_dump(mode="json") == found["settings"]
     names = [score["name"] for score in found["scores"]]
     assert names == ["dense", *(f"layer {index}" for index in range(4)), "tuned", "uniform"]
-    assert sum(layout is not None for layout in config.layouts(4)) == search.pruned_layers(0.5, 4)[0]
+    assert len(LayerPlan.of(config, 4).filtered) == search.pruned_layers(0.5, 4)[0]
     # Another ratio from the same trials.
     request = {"model": tiny_model, "ratio": 0.25, "length": 600, "trials": 1, "seed": 7, "text": "builtin"}
     again = TuningRequest(

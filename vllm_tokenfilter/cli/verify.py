@@ -24,21 +24,30 @@ def print_report(report: dict[str, Any]) -> None:
         layers.add_row(row["layers"], str(row["kept_per_chunk"]), f"{row['kv_ratio']:.3g}", f"{row['skip_ratio']:.3g}")
     console.print(layers)
     status = Table("what the worker counted", "value", title="What was filtered")
-    for key, value in {**found, **_spared(found)}.items():
-        if key != "layer_table":
-            status.add_row(key, str(value))
+    for key, value in (_counted(found) if found else {}).items():
+        status.add_row(key, str(value))
     console.print(status)
     for check, passed in report["checks"].items():
         console.print(f"[{'green' if passed else 'red'}]{'ok  ' if passed else 'FAIL'}[/] {check}")
 
 
-def _spared(status: dict[str, Any]) -> dict[str, str]:
-    """Which part of decoding's cache reads was spared, and by what."""
-    dense = status.get("reads_dense", 0)
-    if not dense:
-        return {}
-    filtered, done = status["reads_filtered"], status["reads_done"]
-    return {
-        "cache reads of decoding spared by KV filtering": f"{1 - filtered / dense:.1%}",
-        "cache reads of decoding spared by attention skipping": f"{(filtered - done) / dense:.1%}",
+def _counted(answer: dict[str, Any]) -> dict[str, Any]:
+    """A worker's status in rows, and which part of decoding's cache reads was spared by what."""
+    from vllm_tokenfilter.integration.status import Status
+
+    status = Status.model_validate(answer)
+    layers, counters = status.layers.model_dump(exclude={"rows", "effective_ratio"}), status.counters
+    rows = {
+        "backend": status.backend,
+        **{f"layers_{name}": indices for name, indices in layers.items()},
+        **status.settings_in_force,
+        "effective_ratio": status.layers.effective_ratio,
+        **counters.as_dict(),
     }
+    if status.cudagraph_mode is not None:
+        rows["cudagraph_mode"] = status.cudagraph_mode
+    if dense := counters.reads_dense:
+        filtered, done = counters.reads_filtered, counters.reads_done
+        rows["cache reads of decoding spared by KV filtering"] = f"{1 - filtered / dense:.1%}"
+        rows["cache reads of decoding spared by attention skipping"] = f"{(filtered - done) / dense:.1%}"
+    return rows

@@ -104,10 +104,10 @@ def _all_compared(plan: EvaluationPlan, dense: _Job, done: set[str]) -> bool:
 
 def _measure(scorer: "ScoringEngine", method: str, config: FilterConfig, job: _Job, progress: Progress) -> Cell:
     described = ", ".join(f"{key} {value}" for key, value in job.parameters.items() if key != "step_tokens")
-    before = scorer.status()
+    before = scorer.status().counters.as_dict()
     advance = progress(f"{method} {config.pruning_ratio:g}: {job.metric} ({described})", job.units)
     values, samples = job.measure(advance)
-    after = scorer.status()
+    after = scorer.status().counters.as_dict()
     pruned, skipped, seen = (after[key] - before[key] for key in ("tokens_pruned", "attentions_skipped", "tokens_seen"))
     dense = {reason: count - before["rows_dense"].get(reason, 0) for reason, count in after["rows_dense"].items()}
     return Cell(

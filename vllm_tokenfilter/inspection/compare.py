@@ -106,7 +106,7 @@ def inspect_text(engine: "ScoringEngine", text: InspectedText, config: FilterCon
     return Inspection(
         text,
         layers,
-        engine.status()["layers_dense"],
+        engine.status().layers.dense,
         states,
         keys,
         values,

@@ -5,23 +5,10 @@ sequences, so they do not grow with the number of layers; multiply by the filter
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-
-class DenseReason(StrEnum):
-    """Why a layer or a row is not filtered; the same words in logs, status and docs."""
-
-    CONFIGURED = "configured_dense"
-    SLIDING_WINDOW = "sliding_window_layer"
-    CHUNKED_LOCAL = "chunked_local_layer"
-    OTHER_CACHE = "unsupported_cache_layer"
-    ALIBI = "alibi_layer"
-    RATIO_ZERO = "pruning_ratio_zero"
-    SHORT = "shorter_than_window_and_chunk"
-    SHARED_CACHE = "reads_another_layers_cache"
-    LEARNED_SINKS = "learned_attention_sinks"
+from vllm_tokenfilter.layer_plan import DenseReason
 
 
 @dataclass
@@ -79,6 +66,10 @@ class StepCounters:
         self.reads_dense += dense * num_layers
         self.reads_filtered += filtered * num_layers
         self.reads_done += filtered * (num_layers - num_skipping)
+
+    def copy(self) -> "StepCounters":
+        """The totals as they are now."""
+        return replace(self, rows_dense=self.rows_dense.copy())
 
     def as_dict(self) -> dict[str, Any]:
         """The totals as plain types."""

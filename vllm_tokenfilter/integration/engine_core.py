@@ -29,7 +29,7 @@ from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.kv_cache_manager import FilteredAttentionManager
 from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
-from vllm_tokenfilter.integration.status import merge_workers
+from vllm_tokenfilter.integration.status import Status, merge_workers
 from vllm_tokenfilter.layout import Layout, peak_slots, shares_prefixes
 
 logger = init_logger("vllm.tokenfilter")
@@ -54,7 +54,7 @@ def _control(core: EngineCore) -> "Control":
 
 
 def _status(self: EngineCore) -> dict[str, Any]:
-    return _control(self).status()
+    return _control(self).status().model_dump(mode="json")
 
 
 def _prepare(self: EngineCore, pruning_ratio: float) -> dict[str, str]:
@@ -82,22 +82,19 @@ class Control:
         self._next: FilterConfig | None = None
         self._draining: set[str] | None = None
 
-    def status(self) -> dict[str, Any]:
-        """The merged status of this engine's workers, with the scheduler's blocks in its groups; {} if not ours."""
-        merged = merge_workers(self._core.collective_rpc("token_filtering_status"))
-        if not merged:
-            return {}
-        usage = [
-            manager.block_usage()
-            if isinstance(manager, FilteredAttentionManager)
-            else (sum(map(len, manager.req_to_blocks.values())),) * 2
-            for manager in self._managers()
-        ]
-        # Pipeline stages hold other layers of the same groups, one after the other.
-        for index, group in enumerate(merged["groups"]):
-            group["blocks_held"], group["blocks_dense"] = usage[index % len(usage)]
-        merged["switching"] = self._next is not None
-        return {**merged, "prefix_caching": self._prefix_caching(self.config)}
+    def status(self) -> Status:
+        """The merged status of this engine's workers, with what only the scheduler knows."""
+        answers = self._core.collective_rpc("token_filtering_status")
+        merged = merge_workers([Status.model_validate(answer) for answer in answers])
+        groups = []
+        for manager, group in zip(self._managers(), merged.groups, strict=True):
+            if isinstance(manager, FilteredAttentionManager):
+                held, dense = manager.block_usage()
+            else:
+                held = dense = sum(map(len, manager.req_to_blocks.values()))
+            groups.append(group.model_copy(update={"blocks_held": held, "blocks_dense": dense}))
+        known = {"switching": self._next is not None, "prefix_caching": self._prefix_caching(self.config)}
+        return merged.model_copy(update={"groups": groups, **known})
 
     def prepare(self, pruning_ratio: float) -> dict[str, str]:
         """Reserve this engine for a switch: {}, or why not, under "refused" (for good) or "busy" (for now)."""

@@ -1,29 +1,75 @@
-"""What happens once in a worker on any device: at its start the layers are sorted, at its end the totals are logged.
+"""What happens once in a worker on any device: at its start the layers are planned, at its end the totals are logged.
 
 Source: vllm/model_executor/layers/attention/attention.py (`process_weights_after_loading`);
 vllm/v1/executor/multiproc_executor.py (how worker processes end).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 
-from vllm_tokenfilter.integration import refusals, status
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
-from vllm_tokenfilter.integration.layers import give_filtered_layers_their_spec, sort_layers, sort_skipping
+from vllm_tokenfilter.integration.layers import give_filtered_layers_their_spec, layers_by_index, plan_layers
+from vllm_tokenfilter.integration.log_lines import start_block, totals_line
+from vllm_tokenfilter.integration.status import GroupStatus, merge_parts
+from vllm_tokenfilter.layer_plan import LayerPlan
 
 logger = init_logger("vllm.tokenfilter")
 
-_SORTED = "_token_filtering_sorted"
+_MODEL = "_token_filtering_model"
 
 
-class SortingImpl:
-    """Mixed in before an attention implementation of vLLM's: the first layer whose weights are ready sorts them all.
+class PlannedModel:
+    """The layers of one model in this process, and what its metadata builders count.
+
+    Attributes:
+        plan: what the settings at start make of the layers.
+    """
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+        self._running = 0
+        self._ended: list[GroupStatus] = []
+
+    def count(self, builder: "CountingBuilder") -> None:
+        """Have a builder in the line of totals, which is logged when all builders or their process go."""
+        self._running += 1
+        # A worker process leaves through multiprocessing, which runs no atexit handlers but these. Nothing that is
+        # passed here holds the builder.
+        Finalize(builder, self._end, args=(builder.plan, builder.counters, builder.settles), exitpriority=10)
+
+    def _end(self, plan: LayerPlan, counters: StepCounters, settles: Sequence[Callable[[], None]]) -> None:
+        for settle in settles:
+            settle()
+        self._running -= 1
+        self._ended.append(GroupStatus(plan=plan, counters=counters))
+        if self._running == 0:
+            totals, self._ended = merge_parts(self._ended).counters, []
+            if totals.tokens_seen:
+                logger.info("%s", totals_line(totals))
+
+
+def planned_model(vllm_config: VllmConfig) -> PlannedModel:
+    """The model whose layers a configuration holds; planned once, when the first of its layers asks."""
+    first = next(iter(layers_by_index(vllm_config).values()))
+    model: PlannedModel | None = getattr(first, _MODEL, None)
+    if model is None:
+        config = refusals.require_supported(vllm_config)
+        model = PlannedModel(plan_layers(vllm_config, config))
+        setattr(first, _MODEL, model)
+        give_filtered_layers_their_spec(model.plan, vllm_config)
+        logger.info("%s", start_block(model.plan, config, vllm_config))
+    return model
+
+
+class PlanningImpl:
+    """Mixed in before an attention implementation of vLLM's: the first layer whose weights are ready plans them all.
 
     Attributes:
         inner_name: vLLM's name of the backend inside.
@@ -38,37 +84,22 @@ class SortingImpl:
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """See `AttentionImpl`; every layer is built by then, and no KV-cache spec asked for."""
         super().process_weights_after_loading(act_dtype)  # type: ignore[misc]
-        _sort_all_layers_once(self._token_filtering_config, self.inner_name)
+        planned_model(self._token_filtering_config)
 
 
-def log_totals_at_end(builder: Any, counters: StepCounters, settle: Callable[[], None] | None = None) -> None:
-    """Log a builder's totals when it or its process goes.
+class CountingBuilder:
+    """Mixed in before a metadata builder of vLLM's: what a worker asks of ours.
 
-    Args:
-        builder: the metadata builder; nothing here keeps it alive.
-        counters: its counters.
-        settle: brings them up to date first; must not hold the builder.
+    Attributes:
+        config: the settings in force.
+        plan: what they make of the group's layers.
+        counters: what was done in them.
+        settles: each brings the counters up to date by what a device counted.
+        inner_name: on a GPU, the backend inside.
     """
-    # A worker process leaves through multiprocessing, which runs no atexit handlers but these.
-    Finalize(builder, _log_totals, args=(counters, settle), exitpriority=10)
 
-
-def _log_totals(counters: StepCounters, settle: Callable[[], None] | None) -> None:
-    if settle is not None:
-        settle()
-    if counters.tokens_seen:
-        logger.info("%s", status.totals_line(counters.as_dict()))
-
-
-def _sort_all_layers_once(vllm_config: VllmConfig, inner_name: str) -> None:
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    if any(getattr(layer, _SORTED, False) for layer in layers.values()):
-        return
-    config = refusals.require_supported(vllm_config)
-    filtered, dense = sort_layers(vllm_config, config)
-    skipping, unskipped = sort_skipping(vllm_config, config)
-    give_filtered_layers_their_spec(filtered, vllm_config, config)
-    for layer in layers.values():
-        setattr(layer, _SORTED, True)
-    block = status.start_block(config, list(filtered), dense, list(skipping), unskipped, inner_name, vllm_config)
-    logger.info("%s", block)
+    config: FilterConfig
+    plan: LayerPlan
+    counters: StepCounters
+    settles: Sequence[Callable[[], None]] = ()
+    inner_name: str | None = None

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
 from vllm_tokenfilter.kernels.rules import GPU_SELECTORS, MAX_CHUNK_SIZE
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)
@@ -60,17 +61,10 @@ def unsupported_reasons(vllm_config: VllmConfig, config: FilterConfig) -> list[s
         value = refusal.found(vllm_config, config)
         if value is not None:
             reasons.append(refusal.sentence(value))
-    return reasons + _unfit_schedules(vllm_config, config)
-
-
-def _unfit_schedules(vllm_config: VllmConfig, config: FilterConfig) -> list[str]:
-    """Why the schedules do not fit the model's layers."""
-    reasons: list[str] = []
-    for resolve in (config.layouts, config.skip_units):
-        try:
-            resolve(_num_layers(vllm_config))
-        except ConfigError as error:
-            reasons += error.reasons
+    try:
+        LayerPlan.of(config, _num_layers(vllm_config))
+    except ConfigError as error:
+        reasons += error.reasons
     return reasons
 
 
@@ -101,12 +95,17 @@ def _missing_layers(vllm_config: VllmConfig, config: FilterConfig) -> str | None
     return f"{missing}" if missing else None
 
 
+def _layouts(vllm_config: VllmConfig, config: FilterConfig) -> list[Layout | None]:
+    """What the settings alone make of every layer; nothing where they do not fit, which is refused for itself."""
+    try:
+        return [row.layout for row in LayerPlan.of(config, _num_layers(vllm_config)).rows]
+    except ConfigError:
+        return []
+
+
 def _nothing_filtered(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
-    if (
-        config.pruning_ratio == 0
-        or config.schedule.kind != "uniform"
-        or any(config.filters_layer(index) for index in range(_num_layers(vllm_config)))
-    ):
+    layouts = _layouts(vllm_config, config)
+    if config.pruning_ratio == 0 or config.schedule.kind != "uniform" or not layouts or any(layouts):
         return None
     return f"{config.first_layer}, dense_layers={list(config.dense_layers)}"
 
@@ -331,10 +330,7 @@ def _unshareable_prefixes(vllm_config: VllmConfig, config: FilterConfig) -> str 
     # A block size that is still open is the platform's to choose; asked again when the first layer is built.
     if cache_config.block_size is None:
         return None
-    try:
-        layouts = {layout for layout in config.layouts(_num_layers(vllm_config)) if layout is not None}
-    except ConfigError:
-        return None  # refused for itself
+    layouts = {layout for layout in _layouts(vllm_config, config) if layout is not None}
     if can_share_prefixes(config, layouts, cache_config.block_size):
         return None
     return f"True with block_size={cache_config.block_size}, {kept_of(config)}"
@@ -356,10 +352,7 @@ def kept_of(config: FilterConfig) -> str:
 
 
 def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool | None:
-    try:
-        kinds = len(set(config.layouts(_num_layers(vllm_config))))
-    except ConfigError:
-        return None  # refused for itself
+    kinds = len(set(_layouts(vllm_config, config)))
     return _only(kinds > 1 and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
 
 

@@ -1,237 +1,142 @@
-"""What is told of the filter: the status of groups, workers and engines, and the blocks logged at start and shutdown.
+"""What was done since start, as one value: made in each worker, merged here, read by the server and its metrics.
 
-Statuses are merged three times: of one worker's KV-cache groups (`merge`), of one engine's workers (`merge_workers`),
-and of data-parallel engines (`merge_engines`).
+Statuses are merged three ways. *Parts of a model* (the KV-cache groups of a worker, the stages of a pipeline) see the
+same tokens in different layers; *ranks* (of tensor parallelism) the same tokens in the same layers; *engines* (of data
+parallelism) different tokens in the same layers.
+
+Imports no vLLM. Between processes a status travels as plain types: `model_dump(mode="json")` and `model_validate`.
 """
 
-from collections import Counter
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vllm.config import VllmConfig
+from pydantic import BaseModel, computed_field
 
-from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
-from vllm_tokenfilter.integration.layers import longest_step, num_layers
-from vllm_tokenfilter.integration.registration import BACKEND_NAME
-from vllm_tokenfilter.layout import peak_slots
+from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.layer_plan import LayerPlan
 
-_TOKENS = ("tokens_seen", "tokens_sealed", "tokens_pruned")
-_SUMMED_OVER_WORKERS = ("seals", "seal_seconds")
-_SUMMED_OVER_GROUPS = ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done")
-
-
-def describe(
-    config: FilterConfig,
-    filtered: list[int],
-    dense: dict[str, list[int]],
-    skipping: list[int],
-    unskipped: dict[str, list[int]],
-    num_layers: int,
-    totals: dict[str, Any],
-) -> dict[str, Any]:
-    """One group's status as plain types."""
-    layouts = config.layouts(num_layers)
-    own = [layout.effective_ratio for index in filtered if (layout := layouts[index]) is not None]
-    return {
-        "backend": BACKEND_NAME,
-        "layers_filtered": filtered,
-        "layers_dense": dense,
-        "layers_skipping": skipping,
-        "layers_unskipped": unskipped,
-        "layer_table": layer_table(config, num_layers),
-        **config.model_dump(mode="json"),
-        "effective_ratio": effective_ratio(config, num_layers),
-        "group_ratio": sum(own) / len(own) if own else 0.0,
-        **totals,
-    }
+# Counts by how they merge. Tokens and rows are the same in all parts, sealed and pruned tokens a mean over layers.
+_TOKENS, _MEANS = ("tokens_seen", "rows_filtered", "rows_dense"), ("tokens_sealed", "tokens_pruned")
+_CALLS = ("seals", "seal_seconds")
+_PER_LAYER = ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done")
 
 
-def layer_table(config: FilterConfig, num_layers: int) -> list[dict[str, Any]]:
-    """What the settings make of every layer: runs of layers that are alike, from the first to the last.
+class GroupStatus(BaseModel, frozen=True):
+    """What was done in the layers of one KV-cache group that a worker, or an engine, holds.
 
-    Returns:
-        Rows with layers (such as "0-9"), kept_per_chunk (tokens), kv_ratio and skip_ratio.
+    Attributes:
+        plan: of these layers; empty where a pipeline stage, or our backend, has none of the group's.
+        counters: what was done in them.
+        blocks_held: KV-cache blocks that unfinished requests hold; only the scheduler knows.
+        blocks_dense: blocks that they would hold if nothing were filtered.
     """
-    layouts, units = config.layouts(num_layers), config.skip_units(num_layers)
-    alike: dict[tuple[int, int], list[list[int]]] = {}
-    previous = None
-    for index in range(num_layers):
-        layout = layouts[index]
-        key = (config.chunk_size if layout is None else layout.kept_per_chunk, units[index])
-        runs = alike.setdefault(key, [])
-        if key != previous:
-            runs.append([])
-        runs[-1].append(index)
-        previous = key
-    rows = [(run, key) for key, runs in alike.items() for run in runs]
+
+    plan: LayerPlan
+    counters: StepCounters
+    blocks_held: int = 0
+    blocks_dense: int = 0
+
+
+class Status(BaseModel, frozen=True):
+    """Settings in force, what they make of every layer, and totals since start; of a worker, an engine, or a server.
+
+    Attributes:
+        backend: TOKEN_FILTERING.
+        settings: as configured.
+        groups: one for each KV-cache group of the engine, in vLLM's order.
+        inner_backends: on a GPU, vLLM's backends in use.
+        cudagraph_mode: on a GPU, vLLM's mode.
+        engines: data-parallel engines.
+        switching: whether another ratio waits for requests to end.
+        prefix_caching: in words; empty as long as the scheduler is not asked.
+    """
+
+    backend: str
+    settings: FilterConfig
+    groups: list[GroupStatus]
+    inner_backends: list[str] = []
+    cudagraph_mode: str | None = None
+    engines: int = 1
+    switching: bool = False
+    prefix_caching: str = ""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def layers(self) -> LayerPlan:
+        """What the settings make of the layers held."""
+        return LayerPlan.joined(group.plan for group in self.groups)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def counters(self) -> StepCounters:
+        """Totals over all groups."""
+        return merge_parts(self.groups).counters
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def layer_table(self) -> list[dict[str, Any]]:
+        """See `LayerPlan.table`."""
+        return self.layers.table(self.settings.chunk_size)
+
+    @property
+    def settings_in_force(self) -> dict[str, Any]:
+        """The settings as plain types, with the inner backends that were chosen."""
+        chosen = {"inner_backend": ", ".join(self.inner_backends)} if self.inner_backends else {}
+        return {**self.settings.model_dump(mode="json"), **chosen}
+
+
+def merge_parts(parts: Iterable[GroupStatus]) -> GroupStatus:
+    """Parts of a model as one; tokens and rows are counted where tokens are removed, if anywhere."""
+    parts = [part for part in parts if part.plan.rows]
+    active = [part for part in parts if part.plan.filtered] or parts
+    if not active:
+        return GroupStatus(plan=LayerPlan(), counters=StepCounters())
+    total = _added(active[0].counters, (*_CALLS, *_PER_LAYER), [part.counters for part in parts])
+    weights = [max(1, len(part.plan.filtered)) for part in active]
+    for name in _MEANS:
+        weighted = (getattr(part.counters, name) * weight for part, weight in zip(active, weights, strict=True))
+        setattr(total, name, round(sum(weighted) / sum(weights)))
+    return GroupStatus(plan=LayerPlan.joined(part.plan for part in parts), counters=total)
+
+
+def merge_workers(workers: Sequence[Status]) -> Status:
+    """One engine's status; workers of one pipeline stage hold the same layers, those of another stage other layers."""
+    stages: dict[tuple[int, ...], list[Status]] = {}
+    for worker in workers:
+        stages.setdefault(tuple(worker.layers.indices), []).append(worker)
+    # Only the work of each rank is its own.
+    ranks = [_merge_groups(stage, _CALLS) for stage in stages.values()]
+    groups = [merge_parts(parts) for parts in zip(*ranks, strict=True)]
+    inner = sorted({name for worker in workers for name in worker.inner_backends})
+    return workers[0].model_copy(update={"groups": groups, "inner_backends": inner})
+
+
+def merge_engines(engines: Sequence[Status]) -> Status:
+    """A server's status."""
+    groups = _merge_groups(engines, (*_TOKENS, *_MEANS, *_CALLS, *_PER_LAYER))
+    switching = any(engine.switching for engine in engines)
+    return engines[0].model_copy(update={"groups": groups, "engines": len(engines), "switching": switching})
+
+
+def _merge_groups(statuses: Sequence[Status], names: Iterable[str]) -> list[GroupStatus]:
+    """The groups of statuses that hold the same layers: these counts and the blocks are added up."""
     return [
-        {
-            "layers": ranges(run),
-            "kept_per_chunk": kept,
-            "kv_ratio": 1 - kept / config.chunk_size,
-            "skip_ratio": skipped / SKIP_UNITS,
-        }
-        for run, (kept, skipped) in sorted(rows)
-    ]
-
-
-def effective_ratio(config: FilterConfig, num_layers: int) -> float:
-    """The share of a sealed chunk that is removed, as a mean over the layers that are filtered; 0 if none is."""
-    ratios = [layout.effective_ratio for layout in config.layouts(num_layers) if layout is not None]
-    return sum(ratios) / len(ratios) if ratios else 0.0
-
-
-def merge(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several groups' statuses as one; see `worker.WorkerStatus`."""
-    if not statuses:
-        return {}
-    active = [status for status in statuses if status["layers_filtered"]] or statuses
-    merged = dict(active[0])
-    for key in ("layers_filtered", "layers_skipping"):
-        merged[key] = sorted(index for status in statuses for index in status[key])
-    for key in ("layers_dense", "layers_unskipped"):
-        reasons: dict[str, list[int]] = {}
-        for status in statuses:
-            for reason, indices in status[key].items():
-                reasons[reason] = sorted(reasons.get(reason, []) + indices)
-        merged[key] = reasons
-    # On a GPU vLLM may choose another backend for some of the layers.
-    if inner := sorted({status["inner_backend"] for status in statuses if "inner_backend" in status}):
-        merged["inner_backend"] = ", ".join(inner)
-    for key in _SUMMED_OVER_WORKERS:
-        merged[key] = sum(status[key] for status in active)
-    for key in _SUMMED_OVER_GROUPS:
-        merged[key] = sum(status[key] for status in statuses)
-    for key in ("tokens_sealed", "tokens_pruned"):
-        weights = [max(1, len(status["layers_filtered"])) for status in active]
-        total = sum(status[key] * weight for status, weight in zip(active, weights, strict=True))
-        merged[key] = round(total / sum(weights))
-    merged["groups"] = [
-        {
-            "layers": ranges(
-                sorted([*status["layers_filtered"], *(i for layers in status["layers_dense"].values() for i in layers)])
-            ),
-            "effective_ratio": status["group_ratio"],
-            **{key: status[key] for key in _TOKENS},
-        }
-        for status in statuses
-    ]
-    return merged
-
-
-def merge_workers(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """One engine's status: ranks that hold parts of the same tokens count them once, and seal each on its own."""
-    statuses = [status for status in statuses if status]
-    if not statuses:
-        return {}
-    merged = dict(next((status for status in statuses if status["layers_filtered"]), statuses[0]))
-    for key in _SUMMED_OVER_WORKERS:
-        merged[key] = sum(status[key] for status in statuses)
-    merged["layers_filtered"] = sorted({index for status in statuses for index in status["layers_filtered"]})
-    dense: dict[str, set[int]] = {}
-    for status in statuses:
-        for reason, indices in status["layers_dense"].items():
-            dense.setdefault(reason, set()).update(indices)
-    merged["layers_dense"] = {reason: sorted(indices) for reason, indices in dense.items()}
-    # Ranks of one pipeline stage have the same groups; those of another have other layers.
-    merged["groups"] = list({group["layers"]: group for status in statuses for group in status["groups"]}.values())
-    return merged
-
-
-def merge_engines(statuses: list[dict[str, Any]]) -> dict[str, Any]:
-    """The status of a server: engines hold the same layers and different requests, so everything counted adds up."""
-    if not statuses:
-        return {}
-    merged = {**statuses[0], "engines": len(statuses)}
-    for key in (*_TOKENS, *_SUMMED_OVER_WORKERS, *_SUMMED_OVER_GROUPS, "rows_filtered"):
-        merged[key] = sum(status[key] for status in statuses)
-    merged["rows_dense"] = dict(sum((Counter(status["rows_dense"]) for status in statuses), Counter()))
-    merged["groups"] = [dict(group) for group in statuses[0]["groups"]]
-    for index, group in enumerate(merged["groups"]):
-        for key in (*_TOKENS, "blocks_held", "blocks_dense"):
-            group[key] = sum(status["groups"][index][key] for status in statuses)
-    return merged
-
-
-def start_block(
-    config: FilterConfig,
-    filtered: list[int],
-    dense: dict[str, list[int]],
-    skipping: list[int],
-    unskipped: dict[str, list[int]],
-    inner: str,
-    vllm_config: VllmConfig,
-) -> str:
-    """The lines logged once per worker at start."""
-    layout, layers = config.layout, num_layers(vllm_config)
-    table = layer_table(config, layers)
-    lines = [
-        f"Token Filtering is on: backend {BACKEND_NAME} over {inner}"
-        if filtered or skipping
-        else f"Token Filtering filters no layer: backend {BACKEND_NAME} over {inner}",
-        f"  layers filtered: {ranges(filtered)}",
-        *(f"  layers dense: {ranges(indices)} ({reason})" for reason, indices in dense.items()),
-        f"  pruning ratio {config.pruning_ratio:g}: each sealed chunk of {config.chunk_size} tokens keeps "
-        f"{layout.kept_per_chunk} (effective {layout.effective_ratio:.4g})"
-        if config.schedule.kind == "uniform"
-        else f"  pruning ratio {config.pruning_ratio:g} as a mean over {layers} layers, schedule "
-        f"{config.schedule.kind}; a sealed chunk of {config.chunk_size} tokens keeps",
-    ]
-    if config.schedule.kind != "uniform" or len({row["skip_ratio"] for row in table}) > 1:
-        lines += [
-            f"    layers {row['layers']}: {row['kept_per_chunk']} tokens"
-            + (f", attention of {row['skip_ratio']:.4g} of the tokens skipped" if skipping else "")
-            for row in table
-        ]
-    lines += [
-        f"  always whole: the newest {config.recent_window} tokens; the first {config.sink_tokens} always stay; "
-        f"requests shorter than {layout.first_seal} tokens are dense",
-        f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens"
-        if config.selector == "anchor"
-        else f"  redundancy: the rival method {config.selector}",
-    ]
-    options = config.attention_skipping
-    if options.ratio > 0:
-        near = f", sinks and the last {options.skip_window} tokens" if options.substitute == "window" else ""
-        lines += [
-            f"  attention skipping: {options.ratio:g} as a mean over {layers} layers, in layers {ranges(skipping)}; "
-            f"substitute {options.substitute}{near}; the first {options.warmup_tokens} tokens never skip",
-            *(f"  layers that cannot skip: {ranges(indices)} ({reason})" for reason, indices in unskipped.items()),
-        ]
-    if filtered:
-        length = vllm_config.model_config.max_model_len
-        step = longest_step(vllm_config)
-        slots = {peak_slots(length, step, own) for own in config.layouts(layers) if own is not None}
-        needed = str(min(slots)) if len(slots) == 1 else f"{min(slots)} to {max(slots)}"
-        lines.append(
-            f"  memory: a request of {length} tokens needs at most {needed} slots in a filtered layer, with prefill "
-            f"steps of at most {step} tokens"
+        GroupStatus(
+            plan=same[0].plan,
+            counters=_added(same[0].counters, names, [group.counters for group in same]),
+            blocks_held=sum(group.blocks_held for group in same),
+            blocks_dense=sum(group.blocks_dense for group in same),
         )
-        shared = vllm_config.cache_config.enable_prefix_caching
-        lines.append(f"  prefix caching: {'on, sealed chunks are shared' if shared else 'off'}")
-    return "\n".join(lines)
+        for same in zip(*(status.groups for status in statuses), strict=True)
+    ]
 
 
-def totals_line(totals: dict[str, Any]) -> str:
-    """The line logged at shutdown."""
-    dense = ", ".join(f"{count} {reason}" for reason, count in totals["rows_dense"].items()) or "none"
-    return (
-        f"Token Filtering totals: {totals['tokens_seen']} tokens seen, {totals['tokens_sealed']} sealed, "
-        f"{totals['tokens_pruned']} pruned per filtered layer; {totals['rows_filtered']} rows filtered, "
-        f"rows dense: {dense}; {totals['seals']} seals in {totals['seal_seconds']:.3f} s"
-        + (
-            f"; {totals['attentions_skipped']} of {totals['attentions_decided']} attentions skipped"
-            if totals["attentions_decided"]
-            else ""
-        )
-    )
-
-
-def ranges(indices: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    spans: list[list[int]] = []
-    for index in indices:
-        if spans and index == spans[-1][1] + 1:
-            spans[-1][1] = index
-        else:
-            spans.append([index, index])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"
+def _added(first: StepCounters, names: Iterable[str], counters: Sequence[StepCounters]) -> StepCounters:
+    """The first with the sums of these counts over all."""
+    total = first.copy()
+    for name in names:
+        setattr(total, name, functools.reduce(operator.add, (getattr(own, name) for own in counters)))
+    return total

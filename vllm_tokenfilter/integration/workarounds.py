@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, understood
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
 from vllm_tokenfilter.integration import refusals, registration
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout
 
 logger = init_logger("vllm.tokenfilter")
@@ -224,7 +225,7 @@ def _layouts(config: FilterConfig) -> set[Layout]:
     if config.schedule.kind == "uniform":
         return {config.layout}
     try:
-        return {layout for layout in config.layouts(len(config.schedule.ratios)) if layout is not None}
+        return LayerPlan.of(config, len(config.schedule.ratios)).layouts
     except ConfigError:
         return set()  # refused once the model is known
 

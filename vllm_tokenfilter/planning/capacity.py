@@ -9,28 +9,14 @@ Source: vllm/v1/core/kv_cache_utils.py (`_get_kv_cache_groups_uniform_page_size`
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import PlanError
+from vllm_tokenfilter.layer_plan import LayerFacts, LayerPlan
 from vllm_tokenfilter.layout import Layout, peak_slots, stored_tokens
 
-Kind = Literal["full", "sliding", "chunked"]
 #: With asynchronous scheduling, vLLM's default, two steps are in flight, and a windowed layer keeps room for both.
 STEPS_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What one layer of a model keeps of a token, on one rank.
-
-    Attributes:
-        kind: full attention, or only the newest `window` tokens (sliding), or those of one chunk of `window`.
-        window: tokens; 0 for full attention.
-    """
-
-    kind: Kind = "full"
-    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,7 @@ class Shape:
         weight_bytes: of the whole model.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerFacts, ...]
     num_kv_heads: int
     head_size: int
     element_bytes: int
@@ -77,6 +63,35 @@ class Capacity:
     bytes_per_token: float
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What one layer keeps of a request, see `LayerFacts` and `LayerRow`; layers that keep the same share groups."""
+
+    kind: str
+    window: int
+    layout: Layout | None
+
+    def blocks(self, context: int, block_size: int, step: int, in_flight: int) -> int:
+        """Blocks a request of the longest length needs in one group of such layers."""
+        if self.layout is not None:
+            return _ceil(peak_slots(context, step, self.layout), block_size)
+        if self.kind == "sliding":
+            return _ceil(min(self.window - 1 + in_flight, context), block_size) + 1
+        if self.kind == "chunked":
+            return _ceil(min(self.window + in_flight, context), block_size)
+        return _ceil(context, block_size)
+
+    def read_tokens(self, context: int) -> int:
+        """Tokens that one step of decoding reads."""
+        if self.layout is not None:
+            return int(stored_tokens(context, self.layout))
+        if self.kind == "sliding":
+            return min(self.window, context)
+        if self.kind == "chunked":
+            return context % self.window or min(self.window, context)
+        return context
+
+
 def kv_capacity(
     shape: Shape,
     config: FilterConfig | None,
@@ -103,16 +118,13 @@ def kv_capacity(
     Raises:
         PlanError: the cache holds no request.
     """
-    layouts = _layouts(shape, config)
+    config = config or FilterConfig(pruning_ratio=0.0)
+    plan = LayerPlan.of(config, len(shape.layers), dict(enumerate(shape.layers)))
+    layers = [_Kept(facts.kind, facts.window, row.layout) for facts, row in zip(shape.layers, plan.rows, strict=True)]
     step = min(max_step_tokens, context)
-    blocks_of = {
-        key: _blocks(*key, context, block_size, step, steps_in_flight * max_step_tokens)
-        for key in set(zip(shape.layers, layouts, strict=True))
-    }
     width, blocks_per_request = 0, 0
-    counts = Counter(zip(shape.layers, layouts, strict=True))
-    for key, (groups, widest) in _groups(counts).items():
-        blocks_per_request += groups * blocks_of[key]
+    for kept, (groups, widest) in _groups(Counter(layers)).items():
+        blocks_per_request += groups * kept.blocks(context, block_size, step, steps_in_flight * max_step_tokens)
         width = max(width, widest)
     layer_bytes = shape.layer_token_bytes(tensor_parallel)
     num_blocks = cache_bytes // (layer_bytes * block_size * width)
@@ -123,7 +135,7 @@ def kv_capacity(
             "or a larger --tensor-parallel-size."
         )
     concurrency = num_blocks / blocks_per_request
-    read = sum(_read_tokens(layer, layout, context) for layer, layout in zip(shape.layers, layouts, strict=True))
+    read = sum(kept.read_tokens(context) for kept in layers)
     ranks_bytes = layer_bytes * tensor_parallel
     return Capacity(
         num_blocks=num_blocks,
@@ -135,37 +147,7 @@ def kv_capacity(
     )
 
 
-def _layouts(shape: Shape, config: FilterConfig | None) -> list[Layout | None]:
-    """The layout of each layer; None where it keeps every token, as layers of a window do."""
-    if config is None:
-        return [None] * len(shape.layers)
-    layouts = config.layouts(len(shape.layers))
-    return [layout if layer.kind == "full" else None for layer, layout in zip(shape.layers, layouts, strict=True)]
-
-
-def _blocks(layer: Layer, layout: Layout | None, context: int, block_size: int, step: int, in_flight: int) -> int:
-    """Blocks a request of the longest length needs in one group of such layers."""
-    if layout is not None:
-        return _ceil(peak_slots(context, step, layout), block_size)
-    if layer.kind == "sliding":
-        return _ceil(min(layer.window - 1 + in_flight, context), block_size) + 1
-    if layer.kind == "chunked":
-        return _ceil(min(layer.window + in_flight, context), block_size)
-    return _ceil(context, block_size)
-
-
-def _read_tokens(layer: Layer, layout: Layout | None, context: int) -> int:
-    if layout is not None:
-        stored: int = stored_tokens(context, layout)
-        return stored
-    if layer.kind == "sliding":
-        return min(layer.window, context)
-    if layer.kind == "chunked":
-        return context % layer.window or min(layer.window, context)
-    return context
-
-
-def _groups(counts: Counter[tuple[Layer, Layout | None]]) -> dict[tuple[Layer, Layout | None], tuple[int, int]]:
+def _groups(counts: Counter[_Kept]) -> dict[_Kept, tuple[int, int]]:
     """Number of groups and layers of the widest one, for each kind of layer, as vLLM forms them."""
     fewest, most = min(counts.values()), max(counts.values())
     size = most if most < 1.5 * fewest else fewest

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_tokenfilter.errors import PlanError
-from vllm_tokenfilter.planning.capacity import Layer, Shape
+from vllm_tokenfilter.layer_plan import LayerFacts
+from vllm_tokenfilter.planning.capacity import Shape
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -84,18 +85,26 @@ def _unplannable(config: Any, text: Any) -> list[str]:
 _KINDS = {"full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked"}
 
 
-def _layers(text: Any) -> tuple[Layer, ...]:
+def _layers(text: Any) -> tuple[LayerFacts, ...]:
     sliding = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     windows = {"sliding": sliding, "chunked": getattr(text, "attention_chunk_size", None)}
+    alibi = _uses_alibi(text)
     types = getattr(text, "layer_types", None)
     if not types:
         types = ["sliding_attention" if sliding else "full_attention"] * text.num_hidden_layers
     layers = []
     for name in types[: text.num_hidden_layers]:
         kind = _KINDS[name]
-        window = windows.get(kind)
-        layers.append(Layer(kind, int(window)) if window else Layer())  # type: ignore[arg-type]
+        window = int(windows.get(kind) or 0)
+        layers.append(LayerFacts(kind if window else "full", window, alibi=alibi))  # type: ignore[arg-type]
     return tuple(layers)
+
+
+def _uses_alibi(text: Any) -> bool:
+    """Whether attention is biased by distance: always in BLOOM, by a setting in Falcon and MPT."""
+    settings = getattr(text, "attn_config", None)
+    of_mpt = settings.get("alibi") if isinstance(settings, dict) else getattr(settings, "alibi", False)
+    return text.model_type == "bloom" or bool(getattr(text, "alibi", False) or of_mpt)
 
 
 def _weight_bytes(model: str, config: Any, element_bytes: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.filtering import kept, redundancy
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, sealed_chunks
 from vllm_tokenfilter.local.progress import Progress
 from vllm_tokenfilter.tuning.texts import TAIL, TuningText
@@ -99,7 +100,7 @@ class Tuner:
         return [
             Score(
                 name=name,
-                ratios=[layout.effective_ratio if layout else 0.0 for layout in config.layouts(self.num_layers)],
+                ratios=[layout.effective_ratio if layout else 0.0 for layout in self._layouts(config)],
                 chunk_size=config.chunk_size,
                 answer_logprob=_mean([logprob for _, logprob in answers[name]]),
                 token_accuracy=_mean([hits for hits, _ in answers[name]]),
@@ -120,9 +121,12 @@ class Tuner:
 
     def _hide(self, prefix: list[tuple[Tensor, Tensor]], config: FilterConfig) -> None:
         """Say which tokens of the prefix each layer still sees."""
-        for index, layout in enumerate(config.layouts(self.num_layers)):
+        for index, layout in enumerate(self._layouts(config)):
             keys, values = prefix[index]
             self._hidden[index] = None if layout is None else visible(keys[0], values[0], layout, config)
+
+    def _layouts(self, config: FilterConfig) -> list[Layout | None]:
+        return [row.layout for row in LayerPlan.of(config, self.num_layers).rows]
 
     def _score(self, text: TuningText, prefix: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """Share of the scored tokens ranked first, and their mean log-probability."""

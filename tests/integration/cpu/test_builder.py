@@ -30,7 +30,7 @@ def make(monkeypatch):
         builder.layout, builder.config, builder.block_size, builder.counters = layout, None, BLOCK, StepCounters()
         builder.due = builder.skipping = None
         builder.skipping_layers, builder._layers, builder._shares = [], {0: None}, shares
-        builder._filtered, builder._dense = {0: None} if layout else {}, {} if layout else {"configured_dense": [0]}
+        builder._dense_reason = "" if layout else "configured_dense"
         builder._cache = "the cache"
         return builder
 

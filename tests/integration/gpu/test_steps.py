@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.kernels.gpu.test_seal import make_layers, prose, read, settings, write
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.reference import seal_reference
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
@@ -247,7 +249,8 @@ def builder_over_a_recorder(steps):
 
     class Builder(FilteringBuilder, RecordingBuilder):
         def __init__(self):
-            self._steps, self._capturing, self._dense = steps, False, {"configured_dense": [0]}
+            self._steps, self._capturing, self._dense_reason = steps, False, "configured_dense"
+            self.plan = LayerPlan.of(FilterConfig(pruning_ratio=0.0), 3)
             self.counters = steps.counters if steps else StepCounters()
 
     return Builder()
@@ -308,7 +311,7 @@ def test_layers_that_skip_are_told_of_every_step_and_every_seal_and_their_reads_
 def test_a_group_that_keeps_every_token_can_skip_too():
     builder, attached = builder_over_a_recorder(None), []
     builder._skipping = SimpleNamespace(attach=lambda *arguments: attached.append(arguments))
-    builder._layers_skipping, builder._dense = [0], {"pruning_ratio_zero": [0, 1, 2]}
+    builder._num_skipping = 1
     now = step([300, 0], [1, 20], np.arange(48, dtype=np.int32).reshape(2, 24))
     builder.build(0, now)
     ((_, common, seq_lens, shared),) = attached

@@ -5,17 +5,20 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from docs.render.pages import metrics_page
 from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.server.metrics import METRICS, Exporter
+from vllm_tokenfilter.integration.status import GroupStatus, Status
+from vllm_tokenfilter.layer_plan import LayerFacts, LayerPlan
 
 
-def status(**changes):
-    group = {"layers": "0-3", "effective_ratio": 0.5, "tokens_seen": 200, "tokens_pruned": 64}
-    group |= {"blocks_held": 5, "blocks_dense": 8}
-    counters = {"tokens_seen": 200, "tokens_sealed": 128, "tokens_pruned": 64, "rows_filtered": 7, "seals": 2}
-    rest = {"seal_seconds": 0.25, "rows_dense": {"short": 3}, "layers_filtered": [0, 1, 2, 3], "layers_dense": {}}
-    rest |= {"layers_unskipped": {}, "attentions_decided": 100, "attentions_skipped": 40}
-    rest |= {"reads_dense": 900, "reads_filtered": 600, "reads_done": 500}
-    return {**FilterConfig().model_dump(), **counters, **rest, "groups": [group], "engines": 1, **changes}
+def status(settings=None, facts=None, **counters):
+    """A server's, after one request, with one group of four layers."""
+    config = FilterConfig.parse(settings)
+    plan = LayerPlan.of(config, 4, facts)
+    counted = {"tokens_seen": 200, "tokens_sealed": 128, "tokens_pruned": 64, "rows_filtered": 7, "seals": 2}
+    counted |= {"seal_seconds": 0.25, "rows_dense": {"short": 3}, "attentions_decided": 100, "attentions_skipped": 40}
+    group = GroupStatus(plan=plan, counters=StepCounters(**{**counted, **counters}), blocks_held=5, blocks_dense=8)
+    return Status(backend="TOKEN_FILTERING", settings=config, groups=[group])
 
 
 @pytest.fixture
@@ -35,7 +38,9 @@ def test_every_metric_has_type_unit_and_a_row_on_its_page():
 
 def test_every_metric_is_exposed_with_its_type(exported):
     exporter, _, registry = exported
-    exporter.update(status(layers_dense={"configured_dense": [1]}, layers_unskipped={"alibi_layer": [2]}))
+    settings = {"dense_layers": [1], "attention_skipping": {"ratio": 0.5}}
+    facts = [LayerFacts(), LayerFacts(), LayerFacts(alibi=True), LayerFacts()]
+    exporter.update(status(settings, dict(enumerate(facts))))
     text = generate_latest(registry).decode()
     for metric in METRICS:
         assert f"# TYPE {metric.name} {metric.kind}" in text
@@ -51,7 +56,7 @@ def test_values_are_the_statuses(exported):
     assert value("tokenfilter_rows_dense_total", reason="short") == 3
     assert value("tokenfilter_kv_blocks_held", layers="0-3") == 5
     assert value("tokenfilter_kv_blocks_saved", layers="0-3") == 3
-    assert value("tokenfilter_realised_ratio", layers="0-3") == 64 / 200
+    assert value("tokenfilter_realised_ratio", layers="0-3") == 64 / 500
 
 
 def test_a_counter_that_starts_anew_goes_on(exported):
@@ -64,26 +69,14 @@ def test_a_counter_that_starts_anew_goes_on(exported):
 
 def test_settings_that_were_replaced_go_to_nought(exported):
     exporter, value, _ = exported
-    labels = {**{name: str(entry) for name, entry in FilterConfig().model_dump().items()}, "version": "0.1.0"}
+    labels = {
+        **{name: str(entry) for name, entry in FilterConfig().model_dump(mode="json").items()},
+        "version": "0.1.0",
+    }
     exporter.update(status())
     assert value("tokenfilter_config_info", **labels) == 1
-    exporter.update(status(pruning_ratio=0.75))
+    exporter.update(status({"pruning_ratio": 0.75}))
     assert value("tokenfilter_config_info", **labels) == 0
     assert value("tokenfilter_config_info", **{**labels, "pruning_ratio": "0.75"}) == 1
     exporter.update(status())
     assert value("tokenfilter_config_info", **labels) == 1
-
-
-def test_workers_and_engines_are_merged_without_counting_a_token_twice():
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm_tokenfilter.integration.status import merge_engines, merge_workers
-
-    one = status(layers_dense={"configured_dense": [1]}, layers_filtered=[0, 2, 3])
-    one["groups"][0]["tokens_sealed"] = 128
-    ranks = merge_workers([one, one])
-    assert ranks["tokens_seen"] == 200 and ranks["seals"] == 4 and ranks["seal_seconds"] == 0.5
-    assert ranks["layers_filtered"] == [0, 2, 3] and ranks["layers_dense"] == {"configured_dense": [1]}
-    assert len(ranks["groups"]) == 1
-    engines = merge_engines([ranks, ranks])
-    assert engines["tokens_seen"] == 400 and engines["rows_dense"] == {"short": 6} and engines["engines"] == 2
-    assert engines["groups"][0]["blocks_held"] == 10 and engines["groups"][0]["tokens_pruned"] == 128

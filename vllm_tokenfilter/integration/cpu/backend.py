@@ -11,7 +11,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 
 from vllm_tokenfilter.integration.cpu.builder import TokenFilteringMetadataBuilder
-from vllm_tokenfilter.integration.lifecycle import SortingImpl
+from vllm_tokenfilter.integration.lifecycle import PlanningImpl
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
 
 
@@ -34,7 +34,7 @@ class TokenFilteringBackend(CPUAttentionBackend):
         return TokenFilteringMetadataBuilder
 
 
-class TokenFilteringImpl(SortingImpl, CPUAttentionBackendImpl):
+class TokenFilteringImpl(PlanningImpl, CPUAttentionBackendImpl):
     """The stock implementation; a layer may skip attention.
 
     Attributes:

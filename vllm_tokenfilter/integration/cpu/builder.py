@@ -14,42 +14,38 @@ Source: vllm/v1/attention/backends/cpu_attn.py, vllm/v1/worker/gpu_model_runner.
 """
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration import refusals, status
+from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.cpu import block_tables, sealing
 from vllm_tokenfilter.integration.cpu.skipping import CpuSkipStep, SkippingLayers, SkippingMetadata, with_other_lengths
 from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
-from vllm_tokenfilter.integration.layers import num_layers, sort_layers, sort_skipping
-from vllm_tokenfilter.integration.lifecycle import log_totals_at_end
+from vllm_tokenfilter.integration.layers import layers_by_index
+from vllm_tokenfilter.integration.lifecycle import CountingBuilder, planned_model
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
 from vllm_tokenfilter.kernels.cpu.seal import DueSeals
 from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import removed_tokens, shares_prefixes
 
 
-class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Makes the metadata of one group of layers, which have one layout or keep every token.
+class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder):
+    """Makes the metadata of one group of layers, which have one layout or keep every token; see `CountingBuilder`.
 
     Attributes:
-        config: the settings in force.
         layout: where the group's tokens lie; None: it keeps every token.
         skipping_layers: indices of the layers that skip attention.
         due: what the step before made due.
         skipping: what is carried of raw tokens for skipping, from the first step that may skip on.
-        counters: what was done.
     """
 
     def __init__(
@@ -57,26 +53,19 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.counters = StepCounters()
-        self.use(refusals.require_supported(vllm_config))
-        log_totals_at_end(self, self.counters)
+        model = planned_model(vllm_config)
+        self.use(refusals.require_supported(vllm_config), model.plan)
+        model.count(self)
 
-    def use(self, config: FilterConfig) -> None:
-        """Filter by these settings from now on; only while no request is running. The counters go on."""
-        self.config = config
-        self._num_layers = num_layers(self.vllm_config)
-        self._filtered, self._dense = sort_layers(self.vllm_config, config, self.layer_names)
-        skipping, self._unskipped = sort_skipping(self.vllm_config, config, self.layer_names)
-        self.skipping_layers = list(skipping)
-        self.layout = next((config.layouts(self._num_layers)[index] for index in self._filtered), None)
-        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
-        self._layers = {
-            extract_layer_index(name): layer
-            for name, layer in sorted(layers.items(), key=lambda item: extract_layer_index(item[0]))
-            if layer.kv_sharing_target_layer_name is None
-        }
-        for name, layer in layers.items():
-            index = extract_layer_index(name)
-            layer.impl.skips = index if index in skipping else None
+    def use(self, config: FilterConfig, plan: LayerPlan) -> None:
+        """Filter by these settings, and the plan they make of all layers; only while no request is running."""
+        layers = layers_by_index(self.vllm_config, self.layer_names)
+        self.config, self.plan = config, plan.only(layers)
+        for row in self.plan.rows:
+            layers[row.index].impl.skips = row.index if row.skip_units else None
+        self._layers = {row.index: layers[row.index] for row in self.plan.rows if row.reads is None}
+        self.skipping_layers, self._dense_reason = self.plan.skipping, next(iter(self.plan.dense), "")
+        self.layout = next(iter(self.plan.layouts), None)
         self.due: DueSeals | None = None
         self.skipping: SkippingLayers | None = None
         self._cache: sealing.FilteredCache | None = None
@@ -87,20 +76,8 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
             and self.vllm_config.cache_config.enable_prefix_caching
             and shares_prefixes(self.layout, self.block_size)
         )
-        if self._filtered or skipping:
+        if self.layout is not None or self.skipping_layers:
             load_kernel()  # now, so that no request waits for the compiler
-
-    def status(self) -> dict[str, Any]:
-        """Settings in force and totals of this group; see `worker.WorkerStatus`."""
-        return status.describe(
-            self.config,
-            list(self._filtered),
-            self._dense,
-            self.skipping_layers,
-            self._unskipped,
-            self._num_layers,
-            self.counters.as_dict(),
-        )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -173,7 +150,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _carried_for_skipping(self) -> SkippingLayers:
         if self.skipping is None:
-            self.skipping = SkippingLayers(self._layers, self.isa, self.config, self._num_layers)
+            self.skipping = SkippingLayers(self._layers, self.plan, self.isa, self.config)
         return self.skipping
 
     def _count(self, seq_lens: NDArray[np.int64], query_lens: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
@@ -182,7 +159,7 @@ class TokenFilteringMetadataBuilder(CPUAttentionMetadataBuilder):
         dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
         self.counters.count_reads(dense, filtered, len(self._layers), len(self.skipping_layers))
         if self.layout is None:
-            self.counters.rows_dense[next(iter(self._dense))] += len(query_lens)
+            self.counters.rows_dense[self._dense_reason] += len(query_lens)
         else:
             # A filtered row reads a cache from which tokens were removed before this step.
             self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))

@@ -33,6 +33,7 @@ from vllm_tokenfilter.kernels.cpu import skip
 from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, PagedCache
 from vllm_tokenfilter.kernels.cpu.seal import DueSeals
 from vllm_tokenfilter.kernels.rules import SkipRule
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
 #: How the kernels read and write a tensor; of other dtypes they get copies.
@@ -42,19 +43,18 @@ _ENCODINGS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 class SkippingLayers:
     """The layers of one layout that skip, with what is carried of their raw tokens from step to step."""
 
-    def __init__(self, layers: Mapping[int, Attention], isa: str, config: FilterConfig, num_layers: int) -> None:
+    def __init__(self, layers: Mapping[int, Attention], plan: LayerPlan, isa: str, config: FilterConfig) -> None:
         """Allocate address space for the pool; memory is used only where tokens are.
 
         Args:
-            layers: all layers of the layout, by index in the model; those with a ratio of 0 do not skip.
+            layers: all layers of the layout with a cache of their own, by index in the model.
+            plan: which of them skip, and which share.
             isa: the instruction-set name of the layers' CPU kernels.
             config: our settings.
-            num_layers: layers of the model.
         """
         self.rule, self.substitute = SkipRule.of(config), config.attention_skipping.substitute
         self.paged: PagedCache = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
-        units = config.skip_units(num_layers)
-        self.units = {index: units[index] for index in layers}
+        self.units = {row.index: row.skip_units for row in plan.rows}
         self.places = {index: place for place, index in enumerate(layers)}
         self.carried = np.zeros((len(layers), self.paged.num_blocks * self.paged.block_size), np.int64)
         self.anchors = np.zeros((len(layers), self.paged.num_blocks, self.paged.anchor_width), np.float32)

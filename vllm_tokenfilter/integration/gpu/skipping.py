@@ -12,13 +12,12 @@ vllm/v1/attention/backends/triton_attn.py (`TritonAttentionMetadata.seq_lens`, `
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_tokenfilter.config import FilterConfig
@@ -54,7 +53,7 @@ class SkippingGroup:
         self,
         config: FilterConfig,
         layers: dict[int, Attention],
-        units: tuple[int, ...],
+        units: Mapping[int, int],
         layout: Layout | None,
         max_num_reqs: int,
         max_num_tokens: int,
@@ -67,7 +66,7 @@ class SkippingGroup:
         Args:
             config: the settings.
             layers: those that skip, by index in the model.
-            units: see `FilterConfig.skip_units`.
+            units: see `LayerRow.skip_units`, by index in the model.
             layout: where their tokens lie; None if they keep every token.
             max_num_reqs: most rows of a step, padding included.
             max_num_tokens: most tokens of a step, padding included.
@@ -85,26 +84,6 @@ class SkippingGroup:
         self._counters, self._settled = counters, (0, 0, 0)
         for place, layer in enumerate(layers.values()):
             layer.impl.skipping = (self, place)
-
-    @classmethod
-    def of(
-        cls,
-        config: FilterConfig,
-        layers: dict[int, Attention],
-        units: tuple[int, ...],
-        layout: Layout | None,
-        vllm_config: VllmConfig,
-        device: torch.device,
-        counters: StepCounters,
-        open_cache: Callable[[], gpu.GpuCache],
-    ) -> "SkippingGroup":
-        """Prepare for the largest step that the configuration allows."""
-        scheduler = vllm_config.scheduler_config
-        captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
-        max_num_tokens = max(scheduler.max_num_batched_tokens, *captured)
-        return cls(
-            config, layers, units, layout, scheduler.max_num_seqs + 1, max_num_tokens, device, counters, open_cache
-        )
 
     def attach(self, metadata: Any, step: Any, seq_lens: Tensor, shared_chunks: Tensor | None) -> None:
         """Make vLLM's metadata of a step known to skip by; one launch.

@@ -13,9 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
@@ -24,7 +22,8 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.cpu.builder import TokenFilteringMetadataBuilder
 from vllm_tokenfilter.integration.cpu.sealing import SealedChunks
-from vllm_tokenfilter.integration.layers import num_layers, sort_layers
+from vllm_tokenfilter.integration.layers import plan_layers
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout
 
 
@@ -75,26 +74,24 @@ class MixedLayouts:
 
     def use(self, config: FilterConfig) -> None:
         """Filter by these settings from now on; only while no request is running. Counters start anew."""
+        plan = plan_layers(self._runner.vllm_config, config)
         for groups, whole in zip(self._runner.attn_groups, self._whole, strict=True):
-            groups[:] = [part for group in whole for part in self._split(group, config)]
+            groups[:] = [part for group in whole for part in self._split(group, config, plan)]
 
     def builders(self) -> list[OfflineBuilder]:
         """The builders since the last `use`, in the order of their layouts' first layers."""
         groups = (group for groups in self._runner.attn_groups for group in groups)
         return [builder for group in groups for builder in group.metadata_builders]
 
-    def _split(self, group: AttentionGroup, config: FilterConfig) -> list[AttentionGroup]:
+    def _split(self, group: AttentionGroup, config: FilterConfig, plan: LayerPlan) -> list[AttentionGroup]:
         vllm_config, device = self._runner.vllm_config, self._runner.device
-        layers = get_layers_from_vllm_config(vllm_config, Attention, group.layer_names)
-        filtered, _ = sort_layers(vllm_config, config)
-        layouts = config.layouts(num_layers(vllm_config))
+        layouts = {row.index: row.layout for row in plan.rows}
         alike: dict[Layout | None, list[str]] = {}
-        for name in sorted(layers, key=extract_layer_index):
-            owner = extract_layer_index(layers[name].kv_sharing_target_layer_name or name)
-            alike.setdefault(layouts[owner] if owner in filtered else None, []).append(name)
+        for name in sorted(group.layer_names, key=extract_layer_index):
+            alike.setdefault(layouts[extract_layer_index(name)], []).append(name)
         parts = []
         for names in alike.values():
             builder = OfflineBuilder(group.metadata_builders[0].kv_cache_spec, names, vllm_config, device)
-            builder.use(config)
+            builder.use(config, plan)
             parts.append(dataclasses.replace(group, layer_names=names, metadata_builders=[builder]))
         return parts

@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_tokenfilter.integration.cpu.sealing import SealedChunks
+from vllm_tokenfilter.integration.layers import layers_by_index
 from vllm_tokenfilter.integration.offline.scoring import Consumer, ScoringEngine
 
 
@@ -76,11 +74,8 @@ def observe(engine: ScoringEngine, tokens: list[int], step_tokens: int, consumer
 @contextmanager
 def _watched_writes(vllm_config: Any, rows: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]]) -> Iterator[None]:
     """Copy what each layer writes into its cache, [num_tokens, num_kv_heads, head_size] a step, into `rows`."""
-    layers = {
-        extract_layer_index(name): layer
-        for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
-        if layer.kv_sharing_target_layer_name is None
-    }
+    layers = layers_by_index(vllm_config)
+    layers = {index: layer for index, layer in layers.items() if layer.kv_sharing_target_layer_name is None}
 
     def watched(index: int, original: Any) -> Any:
         def update(layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> None:

@@ -21,7 +21,8 @@ from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.offline.mixed_layouts import MixedLayouts, OfflineBuilder
 from vllm_tokenfilter.integration.registration import BACKEND_NAME
-from vllm_tokenfilter.integration.status import merge
+from vllm_tokenfilter.integration.status import Status
+from vllm_tokenfilter.integration.worker import builders_of, status_of
 from vllm_tokenfilter.planning.model_shape import kv_heads
 
 #: Takes the index of a sequence, the position of its first token, and hidden states [num_tokens, hidden_size].
@@ -85,9 +86,9 @@ class ScoringEngine:
             raise UnsupportedError(reasons)
         self._layouts.use(config)
 
-    def status(self) -> dict[str, Any]:
-        """Settings in force and totals since `use`; see `worker.WorkerStatus`."""
-        return merge([builder.status() for builder in self.builders()])
+    def status(self) -> Status:
+        """Settings in force and totals since `use`."""
+        return status_of(builders_of(self._runner), self._llm.llm_engine.vllm_config)
 
     def feed(self, sequences: Iterable[list[int]], step_tokens: int, consumer: Consumer) -> None:
         """Feed sequences in steps of `step_tokens` and hand on the last hidden states, step by step.

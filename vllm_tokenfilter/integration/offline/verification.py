@@ -52,7 +52,8 @@ def verify(model: str | None, config: FilterConfig, progress: Progress) -> dict[
 
 def _checks(config: FilterConfig, dense: dict[str, Any], filtered: dict[str, Any]) -> dict[str, bool]:
     status = filtered.get("status", {})
-    pruned, skipped = status.get("tokens_pruned", 0), status.get("attentions_skipped", 0)
+    counters = status.get("counters", {})
+    pruned, skipped = counters.get("tokens_pruned", 0), counters.get("attentions_skipped", 0)
     checks = {}
     if config.pruning_ratio > 0:
         checks["tokens were pruned"] = pruned > 0

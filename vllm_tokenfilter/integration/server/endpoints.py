@@ -24,11 +24,11 @@ from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_tokenfilter import __version__
-from vllm_tokenfilter.config import SKIP_UNITS, FilterConfig
+from vllm_tokenfilter.config import SKIP_UNITS
 from vllm_tokenfilter.integration import refusals, registration, workarounds
-from vllm_tokenfilter.integration.layers import num_layers
 from vllm_tokenfilter.integration.server.metrics import Exporter
-from vllm_tokenfilter.integration.status import merge_engines
+from vllm_tokenfilter.integration.status import Status, merge_engines
+from vllm_tokenfilter.layer_plan import ranges
 
 logger = init_logger("vllm.tokenfilter")
 
@@ -57,7 +57,7 @@ async def _export(engine_client: Any) -> None:
     exporter = Exporter()
     while True:
         try:
-            exporter.update(merge_engines(await _statuses(engine_client)))
+            exporter.update(await _status(engine_client))
         except EngineDeadError:
             return
         except Exception:
@@ -85,7 +85,7 @@ async def _get(request: Request) -> JSONResponse:
     if refusal := _not_allowed(request):
         return refusal
     engine_client = request.app.state.engine_client
-    return JSONResponse(report(merge_engines(await _statuses(engine_client)), engine_client.vllm_config))
+    return JSONResponse(report(await _status(engine_client), engine_client.vllm_config.model_config.model))
 
 
 async def _post(request: Request) -> JSONResponse:
@@ -121,42 +121,41 @@ async def _switch_engine(client: Any, engine: Any) -> dict[str, Any]:
             return answer
 
 
-def report(status: dict[str, Any], vllm_config: Any) -> dict[str, Any]:
-    """What GET answers: settings in force and per layer, counters, what is refused, versions.
-
-    Args:
-        status: see `merge_engines`.
-        vllm_config: the configuration in force.
-    """
-    settings = {name: status[name] for name in FilterConfig.model_fields}
-    config, count = FilterConfig.parse(settings), num_layers(vllm_config)
-    ratios, layouts = config.schedule.layer_ratios(config.pruning_ratio, count), config.layouts(count)
-    skipped = config.skip_units(count)
-    filtered, skipping = set(status["layers_filtered"]), set(status["layers_skipping"])
-    reasons = {index: reason for reason, indices in status["layers_dense"].items() for index in indices}
-    layers = [
-        {
-            "layer": index,
-            "filtered": index in filtered,
-            **({"reason": reasons[index]} if index in reasons else {}),
-            "pruning_ratio": ratios[index] if index in filtered else 0.0,
-            "effective_ratio": layout.effective_ratio if index in filtered and layout is not None else 0.0,
-            "skip_ratio": skipped[index] / SKIP_UNITS if index in skipping else 0.0,
-        }
-        for index, layout in enumerate(layouts)
-    ]
-    rest = {"backend", "effective_ratio", "layers_filtered", "layers_dense", "groups", "engines", *settings}
-    rest |= {"switching", "prefix_caching", "layer_table", "layers_skipping", "layers_unskipped", "group_ratio"}
+def report(status: Status, model: str) -> dict[str, Any]:
+    """What GET answers: settings in force and per layer, counters, what is refused, versions; `model` is its name."""
     return {
-        "backend": status["backend"],
-        "model": vllm_config.model_config.model,
-        "settings": settings,
-        "layers": layers,
-        "layer_sets": status["groups"],
-        "counters": {key: value for key, value in status.items() if key not in rest},
-        "engines": status["engines"],
-        "switching": status["switching"],
-        "prefix_caching": status["prefix_caching"],
+        "backend": status.backend,
+        "model": model,
+        "settings": status.settings_in_force,
+        "layers": [
+            {
+                "layer": row.index,
+                "filtered": row.filtered,
+                **({} if row.dense is None else {"reason": str(row.dense)}),
+                "pruning_ratio": row.pruning_ratio if row.filtered else 0.0,
+                "effective_ratio": row.layout.effective_ratio if row.layout is not None and row.filtered else 0.0,
+                "skip_ratio": row.skip_units / SKIP_UNITS,
+            }
+            for row in status.layers.rows
+        ],
+        "layer_sets": [
+            {
+                "layers": ranges(group.plan.indices),
+                "effective_ratio": group.plan.effective_ratio,
+                **{key: value for key, value in group.counters.as_dict().items() if key.startswith("tokens_")},
+                "blocks_held": group.blocks_held,
+                "blocks_dense": group.blocks_dense,
+            }
+            for group in status.groups
+            if group.plan.rows
+        ],
+        "counters": {
+            **status.counters.as_dict(),
+            **({} if status.cudagraph_mode is None else {"cudagraph_mode": status.cudagraph_mode}),
+        },
+        "engines": status.engines,
+        "switching": status.switching,
+        "prefix_caching": status.prefix_caching,
         "refusals": [
             {"setting": refusal.setting, "reason": refusal.reason, "remedy": refusal.remedy}
             for refusal in refusals.REFUSALS
@@ -210,5 +209,6 @@ def _engines_of(client: Any) -> list[Any]:
     return list(client.core_engines)
 
 
-async def _statuses(engine_client: Any) -> list[dict[str, Any]]:
-    return list(await engine_client.engine_core.call_utility_all_async("token_filtering_status"))
+async def _status(engine_client: Any) -> Status:
+    answers = await engine_client.engine_core.call_utility_all_async("token_filtering_status")
+    return merge_engines([Status.model_validate(answer) for answer in answers])

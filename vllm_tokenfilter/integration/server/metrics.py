@@ -7,7 +7,7 @@ and layers hold them; seals and their time are summed over all workers.
 Source: https://prometheus.io/docs/practices/naming/.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,11 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
 from vllm_tokenfilter import __version__
 from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.integration.status import GroupStatus, Status
+from vllm_tokenfilter.layer_plan import ranges
 
 #: Pairs of label values, in the order of the metric's labels, and a value.
 Samples = Iterable[tuple[tuple[str, ...], float]]
-Status = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,20 @@ class Metric:
     read: Callable[[Status], Samples]
 
 
-def _total(key: str) -> Callable[[Status], Samples]:
-    return lambda status: [((), status[key])]
+def _total(name: str) -> Callable[[Status], Samples]:
+    return lambda status: [((), getattr(status.counters, name))]
 
 
-def _by_reason(key: str) -> Callable[[Status], Samples]:
-    return lambda status: [((reason,), count) for reason, count in status[key].items()]
+def _layers_by_reason(name: str) -> Callable[[Status], Samples]:
+    return lambda status: [((reason,), len(layers)) for reason, layers in getattr(status.layers, name).items()]
 
 
-def _per_layer_set(value: Callable[[Status], float]) -> Callable[[Status], Samples]:
-    return lambda status: [((group["layers"],), value(group)) for group in status["groups"]]
+def _per_layer_set(value: Callable[[GroupStatus], float]) -> Callable[[Status], Samples]:
+    return lambda status: [((ranges(group.plan.indices),), value(group)) for group in status.groups if group.plan.rows]
+
+
+def _realised_ratio(group: GroupStatus) -> float:
+    return group.counters.tokens_pruned / group.counters.tokens_seen if group.counters.tokens_seen else 0.0
 
 
 METRICS: tuple[Metric, ...] = (
@@ -93,7 +98,7 @@ METRICS: tuple[Metric, ...] = (
         "rows",
         ("reason",),
         "Rows that read every token, by reason.",
-        _by_reason("rows_dense"),
+        lambda status: [((reason,), count) for reason, count in status.counters.rows_dense.items()],
     ),
     Metric(
         "tokenfilter_seals_total",
@@ -133,7 +138,7 @@ METRICS: tuple[Metric, ...] = (
         "blocks",
         ("layers",),
         "KV-cache blocks that unfinished requests hold, per layer set; a shared block counts for each of them.",
-        _per_layer_set(lambda group: group["blocks_held"]),
+        _per_layer_set(lambda group: group.blocks_held),
     ),
     Metric(
         "tokenfilter_kv_blocks_saved",
@@ -141,7 +146,7 @@ METRICS: tuple[Metric, ...] = (
         "blocks",
         ("layers",),
         "KV-cache blocks that unfinished requests would hold beyond that if nothing were filtered.",
-        _per_layer_set(lambda group: group["blocks_dense"] - group["blocks_held"]),
+        _per_layer_set(lambda group: group.blocks_dense - group.blocks_held),
     ),
     Metric(
         "tokenfilter_realised_ratio",
@@ -149,7 +154,7 @@ METRICS: tuple[Metric, ...] = (
         "ratio",
         ("layers",),
         "Tokens pruned over tokens seen since start, per layer set; the recent window keeps it below the setting.",
-        _per_layer_set(lambda group: group["tokens_pruned"] / group["tokens_seen"] if group["tokens_seen"] else 0.0),
+        _per_layer_set(_realised_ratio),
     ),
     Metric(
         "tokenfilter_pruning_ratio",
@@ -157,7 +162,7 @@ METRICS: tuple[Metric, ...] = (
         "ratio",
         ("layers",),
         "Share of a sealed chunk that is removed now, after rounding to whole tokens; 0 where layers are dense.",
-        _per_layer_set(lambda group: group["effective_ratio"]),
+        _per_layer_set(lambda group: group.plan.effective_ratio),
     ),
     Metric(
         "tokenfilter_layers_filtered",
@@ -165,7 +170,7 @@ METRICS: tuple[Metric, ...] = (
         "layers",
         (),
         "Layers that are filtered.",
-        lambda status: [((), len(status["layers_filtered"]))],
+        lambda status: [((), len(status.layers.filtered))],
     ),
     Metric(
         "tokenfilter_layers_dense",
@@ -173,7 +178,7 @@ METRICS: tuple[Metric, ...] = (
         "layers",
         ("reason",),
         "Layers that keep every token, by reason.",
-        lambda status: [((reason,), len(layers)) for reason, layers in status["layers_dense"].items()],
+        _layers_by_reason("dense"),
     ),
     Metric(
         "tokenfilter_layers_unskipped",
@@ -181,7 +186,7 @@ METRICS: tuple[Metric, ...] = (
         "layers",
         ("reason",),
         "Layers that should skip attention and cannot, by reason.",
-        lambda status: [((reason,), len(layers)) for reason, layers in status["layers_unskipped"].items()],
+        _layers_by_reason("unskipped"),
     ),
     Metric(
         "tokenfilter_engines",
@@ -189,7 +194,7 @@ METRICS: tuple[Metric, ...] = (
         "engines",
         (),
         "Engines (data-parallel ranks) whose figures are summed here.",
-        lambda status: [((), status["engines"])],
+        lambda status: [((), status.engines)],
     ),
     Metric(
         "tokenfilter_config_info",
@@ -197,7 +202,7 @@ METRICS: tuple[Metric, ...] = (
         "info",
         ("version", *FilterConfig.model_fields),
         "1 for the settings in force; settings that a change at run time replaced go to 0.",
-        lambda status: [((__version__, *(str(status[name]) for name in FilterConfig.model_fields)), 1)],
+        lambda status: [((__version__, *map(str, status.settings_in_force.values())), 1)],
     ),
 )
 
