@@ -6,7 +6,7 @@ its last hidden states (a hundredth of its logits) and spread out again when ano
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +25,6 @@ class WindowScores:
     agreed: int = 0
 
 
-@dataclass
-class DenseWindows:
-    """Last hidden states of the dense model, one [num_tokens, hidden_size] per window."""
-
-    hidden: list[torch.Tensor] = field(default_factory=list)
-
-
 def windows_of(tokens: list[int], length: int, count: int) -> list[list[int]]:
     """The first `count` whole windows of `length` tokens; all of them if count is 0."""
     starts = range(0, len(tokens) - length + 1, length)
@@ -42,7 +35,7 @@ def measure(
     scorer: "ScoringEngine",
     windows: list[list[int]],
     step_tokens: int,
-    dense: DenseWindows,
+    dense: list[torch.Tensor],
     advance: Callable[[], None],
 ) -> tuple[dict[str, float], list[float]]:
     """Score every window with the filter's present settings: the values of a cell, and each window's mean loss in nats.
@@ -51,21 +44,22 @@ def measure(
         scorer: the engine.
         windows: token ids.
         step_tokens: tokens of each step.
-        dense: filled if empty (the settings must then be dense), compared with if not.
+        dense: last hidden states of the dense model, one [num_tokens, hidden_size] per window: filled if empty (the
+            settings must then be dense), compared with if not.
         advance: called once a window is done.
     """
     scores = [WindowScores() for _ in windows]
-    record = not dense.hidden
+    record = not dense
     if record:
-        dense.hidden = [torch.empty(0) for _ in windows]
+        dense.extend(torch.empty(0) for _ in windows)
 
     def consume(index: int, start: int, hidden: torch.Tensor) -> None:
         window, score = windows[index], scores[index]
         targets = torch.tensor(window[start + 1 : start + 1 + len(hidden)])
         if record:
-            if not len(dense.hidden[index]):
-                dense.hidden[index] = torch.empty(len(window), hidden.shape[1], dtype=hidden.dtype)
-            dense.hidden[index][start : start + len(hidden)] = hidden
+            if not len(dense[index]):
+                dense[index] = torch.empty(len(window), hidden.shape[1], dtype=hidden.dtype)
+            dense[index][start : start + len(hidden)] = hidden
         if not len(targets):
             return
         logprobs = scorer.logits(hidden[: len(targets)]).log_softmax(-1)
@@ -74,7 +68,7 @@ def measure(
         if record:
             score.agreed += len(targets)
         else:
-            base = scorer.logits(dense.hidden[index][start : start + len(targets)]).log_softmax(-1)
+            base = scorer.logits(dense[index][start : start + len(targets)]).log_softmax(-1)
             score.kl += float((base.exp() * (base - logprobs)).sum())
             score.agreed += int((base.argmax(-1) == logprobs.argmax(-1)).sum())
         if score.count == len(window) - 1:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.evaluation import perplexity, recall, tasks
@@ -131,7 +133,7 @@ class _Metrics:
     def __init__(self, plan: EvaluationPlan, scorer: "ScoringEngine", prose: str, prepared: dict[str, Any]) -> None:
         self.plan, self.scorer, self.prepared = plan, scorer, prepared
         self.tokens = list(scorer.tokenizer(prose, add_special_tokens=False)["input_ids"])
-        self.dense: dict[int, perplexity.DenseWindows] = {}
+        self.dense: dict[int, list[torch.Tensor]] = {}
 
     def jobs(self, config: FilterConfig) -> Iterator[_Job]:
         """The cells of one point of the grid."""
@@ -145,7 +147,7 @@ class _Metrics:
             if not windows:
                 raise EvaluationError(f"length={length} is longer than the text ({len(self.tokens)} tokens).")
             parameters = {"sequence_length": length, "windows": len(windows), "step_tokens": step}
-            dense = self.dense.setdefault(length, perplexity.DenseWindows())
+            dense = self.dense.setdefault(length, [])
             measure = partial(perplexity.measure, self.scorer, windows, step, dense)
             yield _Job("perplexity", parameters, len(windows), measure)
 

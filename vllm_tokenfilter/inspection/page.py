@@ -14,6 +14,7 @@ import numpy as np
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.inspection.compare import PRUNED, RAW, Inspection
 from vllm_tokenfilter.local.paths import write_text
+from vllm_tokenfilter.local.provenance import described
 
 _LOSSES = 25
 
@@ -225,14 +226,8 @@ def _data(seen: Inspection, config: FilterConfig) -> str:
 
 
 def _origin(origin: dict[str, Any], config: FilterConfig) -> str:
-    machine, versions = origin["machine"], origin["versions"]
-    settings = ", ".join(f"{name} {json.dumps(value)}" for name, value in _settings(config.model_dump(mode="json")))
-    return (
-        f"{origin['command']}; commit {origin['commit']}; {settings}; {machine['processor']}, "
-        f"{machine['cores']} cores; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {origin['time']}"
-    )
+    settings = [f"{name} {json.dumps(value)}" for name, value in _settings(config.model_dump(mode="json"))]
+    return f"{', '.join(settings)}; {described(origin)}"
 
 
 def _settings(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

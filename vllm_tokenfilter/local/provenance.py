@@ -26,6 +26,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def described(origin: dict[str, Any]) -> str:
+    """What `provenance` found, on one line."""
+    machine = origin["machine"]
+    return (
+        f"{origin['command']}; commit {origin['commit']}; "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        + ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+        + f"; {origin['time']}"
+    )
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

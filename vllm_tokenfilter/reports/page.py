@@ -2,9 +2,9 @@
 
 import html
 from pathlib import Path
-from typing import Any
 
 from vllm_tokenfilter.local.paths import write_text
+from vllm_tokenfilter.local.provenance import described
 from vllm_tokenfilter.reports.figures import Result, benchmarks, evaluations
 from vllm_tokenfilter.reports.plots import plots
 from vllm_tokenfilter.reports.tables import Rows, benchmark_tables, evaluation_tables
@@ -51,19 +51,11 @@ def render_page(results: list[Result]) -> str:
     for result in evaluations(results):
         parts += [_table(title, rows) for title, rows in evaluation_tables(result)]
     parts.append("<h2>Where the figures come from</h2><ul>")
-    parts += [f"<li><small>{html.escape(_origin(result))}</small></li>" for result in results]
+    for result in results:
+        origin = f"{result['kind']} of {result['model']}: {described(result)}"
+        parts.append(f"<li><small>{html.escape(origin)}</small></li>")
     parts.append("</ul></body></html>\n")
     return "\n".join(parts)
-
-
-def _origin(result: dict[str, Any]) -> str:
-    machine, versions = result["machine"], result["versions"]
-    return (
-        f"{result['kind']} of {result['model']}: {result['command']}; commit {result['commit']}; "
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"; {result['time']}"
-    )
 
 
 def _table(title: str, rows: Rows) -> str:
