@@ -29,7 +29,7 @@ def selection_trials(result: Result) -> list[SelectionTrial]:
 
     def group(name: str) -> str:
         if name.startswith("tuned"):
-            return "the layers that recall spared"
+            return "retrieval layers dense"
         return "other layers whole" if name.endswith("whole") else "all layers pruned"
 
     return [

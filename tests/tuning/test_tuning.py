@@ -1,4 +1,4 @@
-"""Finding the layers that recall: what is hidden from a layer, and how layers are chosen."""
+"""Finding the retrieval layers: what is hidden from a layer, and how layers are chosen."""
 
 import dataclasses
 import json

@@ -154,7 +154,7 @@ def tune(
         Path | None, typer.Option(help="Take the layers' trials from such a file: another ratio in a minute.")
     ] = None,
 ) -> None:
-    """Find once per model which layers recall, and write the settings that prune the others: no user data needed."""
+    """Find a model's retrieval layers once, and write the settings that prune the others; needs no data of yours."""
     from vllm_tokenfilter.tuning.run import TuningRequest, run
 
     request = TuningRequest(model, ratio, length, trials, seed, text, data_dir, device, out, out_json, reuse)

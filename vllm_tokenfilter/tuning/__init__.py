@@ -1,1 +1,1 @@
-"""Which layers of a model recall, found once per model."""
+"""Which layers of a model look facts up far back (its retrieval layers), found once per model."""

@@ -38,15 +38,14 @@ class Tuning(ResultFile):
 
         return "\n".join(
             [
-                f"# {self.model}: the layers that recall keep every token, the others {KEPT_PER_CHUNK} of every "
-                f"{found.chunk_size}",
-                f"# behind the newest {found.recent_window}.",
+                f"# {self.model}: the retrieval layers keep every token, the others {KEPT_PER_CHUNK} of every "
+                f"{found.chunk_size} before the newest {found.recent_window}.",
                 "# Found by:",
                 f"#   {self.command}",
-                f"# At the end of {asked['length']} tokens, {asked['trials']} questions a kind and depth "
+                f"# At the end of {asked['length']} tokens, {asked['trials']} questions per kind and depth "
                 "(docs/tuning.md):",
                 *map(line, ("dense", "tuned", "uniform")),
-                f"# Layers kept whole: {', '.join(map(str, whole))}.",
+                f"# Retrieval layers, kept dense: {', '.join(map(str, whole))}.",
                 "attention-backend: TOKEN_FILTERING",
                 "additional-config:",
                 "  token_filtering:",

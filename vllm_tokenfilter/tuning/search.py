@@ -53,7 +53,7 @@ def pruning_config(layers: Sequence[int], num_layers: int, chunk: int, kept: int
 
 
 def probe_config(layer: int, num_layers: int) -> FilterConfig:
-    """Settings that leave one layer so little that, if it recalls, the answer is lost."""
+    """Settings that leave one layer so little that the answer is lost if it is a retrieval layer."""
     return pruning_config([layer], num_layers, chunk=256, kept=16)
 
 
@@ -61,7 +61,7 @@ def choose_layers(damage: Sequence[float], count: int) -> list[int]:
     """The `count` layers that lose least, ascending; of equals the later ones.
 
     Layers whose loss stands out rank by it. The others' losses are chance, another draw of questions orders them anew,
-    so they rank by their neighbours' too: layers that recall stand together, and one beside them is the safer to keep.
+    so they rank by their neighbours' too: retrieval layers stand together, and one beside them is the safer to keep.
     """
     lost = [0.0, *(max(0.0, loss) for loss in damage), 0.0]
     clear = _CLEAR * max(lost)
