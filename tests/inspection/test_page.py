@@ -136,7 +136,9 @@ class Tokenizer:
         return {"input_ids": list(range(len(spans))), "offset_mapping": spans}
 
     def apply_chat_template(self, messages, tokenize):
-        return "".join(f" <{message['role']}> {message['content']}" for message in messages)
+        if messages[0]["role"] not in ("system", "user"):
+            raise ValueError("conversations begin with a user")
+        return "".join(" <" + message["role"] + "> " + message["content"] for message in messages)
 
 
 def test_text_and_conversations_are_read(tmp_path):
@@ -147,8 +149,39 @@ def test_text_and_conversations_are_read(tmp_path):
     assert read_text(file, True, Tokenizer(), 9).pieces[:2] == [" <user>", " a"]
     file.write_text(json.dumps([{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]))
     assert read_text(file, True, Tokenizer(), 9).pieces[-2:] == [" <user>", " hi"]
-    file.write_text('{"role": "user"}')
-    with pytest.raises(EvaluationError, match="must be a list of messages"):
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [("hi", ["hi"]), ([{"type": "text", "text": "hi"}, {"type": "text", "text": "you"}], ["hi", "you"]), (None, [])],
+)
+def test_the_content_of_a_message_is_text_parts_or_null(tmp_path, content, words):
+    file = tmp_path / "text"
+    file.write_text(
+        "\ufeff" + json.dumps([{"role": "user", "content": "?"}, {"role": "assistant", "content": content}])
+    )
+    pieces = read_text(file, True, Tokenizer(), 9).pieces
+    assert [piece.strip() for piece in pieces] == ["<user>", "?", "<assistant>", *words]
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ('{"role": "user"}', "must be a list of messages"),
+        ("5", "must be a list of messages"),
+        ('["text"]', "must be a list of messages"),
+        ('[{"role": "user"}]', "must be a list of messages"),
+        ('[{"role": "user", "content": 5}]', "where a content is text, text parts or null"),
+        ('[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]', "where a content is text"),
+        ('[{"role": "user", "content": [{"type": "text", "text": null}]}]', "where a content is text"),
+        ('[{"role": "assistant", "content": "hi"}]', "does not fit the model's chat template"),
+        ("[]", "does not fit the model's chat template"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_refused_in_a_sentence(tmp_path, content, sentence):
+    file = tmp_path / "text"
+    file.write_text(content)
+    with pytest.raises(EvaluationError, match=sentence):
         read_text(file, True, Tokenizer(), 9)
 
 

@@ -28,16 +28,16 @@ def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> InspectedTe
 
     Args:
         path: UTF-8 text.
-        chat: the file is a conversation: a JSON list of messages with role and content, or else the text of one
-            message of the user. It is put into the model's chat template.
+        chat: the file is a conversation: a JSON list of messages with role and content (text, a list of text parts, or
+            null), or else the text of one message of the user. It is put into the model's chat template.
         tokenizer: a fast tokenizer.
         limit: tokens.
 
     Raises:
-        EvaluationError: the file cannot be read, is empty, or the model has no chat template.
+        EvaluationError: the file cannot be read, is empty, or does not fit the model's chat template.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"text={path} cannot be read ({error}); pass a UTF-8 file.") from None
     if chat:
@@ -56,14 +56,23 @@ def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> InspectedTe
 def _rendered(text: str, tokenizer: Any, path: Path) -> str:
     try:
         messages = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         messages = [{"role": "user", "content": text}]
-    well_formed = isinstance(messages, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages
-    )
-    if not well_formed:
-        raise EvaluationError(f"text={path} must be a list of messages: [{{'role': ..., 'content': ...}}, ...].")
+    try:
+        messages = [{**message, "role": str(message["role"]), "content": _content(message)} for message in messages]
+    except (TypeError, KeyError):
+        form = "[{'role': ..., 'content': ...}, ...], where a content is text, text parts or null"
+        raise EvaluationError(f"text={path} must be a list of messages: {form}.") from None
     if not getattr(tokenizer, "chat_template", None):
         raise EvaluationError("chat=True needs a chat template, and the model has none; leave --chat out.")
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    return rendered
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template raises what it likes
+        raise EvaluationError(f"text={path} does not fit the model's chat template ({error}).") from None
+
+
+def _content(message: dict[str, Any]) -> str:
+    """The text of a message, its parts joined by line breaks as vLLM joins them."""
+    content = message["content"]
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return "\n".join(parts)
