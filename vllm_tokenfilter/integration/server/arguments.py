@@ -149,7 +149,8 @@ def read(flags: Iterable[str], config_file: str | None = None) -> list[Option]:
 
 def _file_words(settings: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
-    flags = _reader()._option_string_actions
+    reader = _reader()
+    flags = reader._option_string_actions
     for name, value in settings.items():
         flag = f"--{name}"
         if "." in name or isinstance(value, dict):
@@ -163,6 +164,9 @@ def _file_words(settings: Mapping[str, Any]) -> list[str]:
         elif not isinstance(value, list):
             words.append(f"{flag}={value}")
         elif value:
+            action = flags.get(flag) or next((found[0] for found in reader._get_option_tuples(flag)), None)
+            if action is not None and action.nargs != "+" and (len(value) > 1 or action.nargs == 0):
+                raise ConfigError([f"{name}={value} must be one value, not a list."])  # vLLM takes it for the model
             words += [flag, *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     return words
 
