@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,8 @@ from vllm_tokenfilter.local.progress import Progress
 from vllm_tokenfilter.local.result_file import ResultFile
 
 BASELINE = "stock"
+#: The fields of a sample that say what was measured; the others are figures.
+_LOAD = ("server", "context", "concurrency", "repeat")
 
 
 class Sample(BaseModel):
@@ -204,26 +205,22 @@ def _require_fits(server: Server, plan: BenchmarkPlan) -> str:
     return name
 
 
+def _figure(sample: Sample, name: str) -> float:
+    value = getattr(sample, name)
+    return statistics.mean(value) if isinstance(value, list) else float(value)
+
+
 def summarise(samples: list[Sample]) -> list[dict[str, Any]]:
     """A row per server and workload; see `Benchmark.summary`."""
-    figures: dict[str, Callable[[Sample], float]] = {
-        "first_token_s": lambda sample: statistics.mean(sample.first_token_s),
-        "between_median_s": lambda sample: sample.between_median_s,
-        "between_p99_s": lambda sample: sample.between_p99_s,
-        "output_tokens_per_s": lambda sample: sample.output_tokens_per_s,
-        "requests_per_s": lambda sample: sample.requests_per_s,
-        "peak_resident_bytes": lambda sample: float(sample.peak_resident_bytes),
-        "preemptions": lambda sample: sample.preemptions,
-    }
     stock = {(s.context, s.concurrency, s.repeat): s for s in samples if s.server == BASELINE}
     rows = []
     for key in dict.fromkeys((s.server, s.context, s.concurrency) for s in samples):
         own = [s for s in samples if (s.server, s.context, s.concurrency) == key]
         row: dict[str, Any] = {"server": key[0], "context": key[1], "concurrency": key[2], "repeats": len(own)}
-        for name, figure in figures.items():
-            row[name] = _spread([figure(sample) for sample in own])
+        for name in [figure for figure in Sample.model_fields if figure not in _LOAD]:
+            row[name] = _spread([_figure(sample, name) for sample in own])
             pairs = [
-                (figure(s), figure(stock[s.context, s.concurrency, s.repeat]))
+                (_figure(s, name), _figure(stock[s.context, s.concurrency, s.repeat], name))
                 for s in own
                 if (s.context, s.concurrency, s.repeat) in stock
             ]
