@@ -7,16 +7,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
-from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.plan import plan_seals
+
+if TYPE_CHECKING:  # imported where they are used, once Triton knows whether it interprets
+    from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
+    from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+    from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
 
 Run = Callable[[], Any]
 
@@ -195,9 +198,12 @@ class Requests:
         order = np.random.default_rng(0).permutation(batch * per_row).astype(np.int32)
         self.table = torch.from_numpy(order.reshape(batch, per_row)).to(device)
 
-    def steps(self, config: FilterConfig) -> tuple[FilteredSteps, gpu.GpuCache]:
+    def steps(self, config: FilterConfig) -> "tuple[FilteredSteps, GpuCache]":
         """Our side of these requests' steps."""
-        cache = gpu.GpuCache.over(self.caches, list(range(len(self.caches))), self.caches[0].dtype)
+        from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
+        from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+
+        cache = GpuCache.over(self.caches, list(range(len(self.caches))), self.caches[0].dtype)
         rows, blocks = self.table.shape
         return FilteredSteps(
             config, config.layout, self._block_size, 0, rows, blocks, self._device, lambda: cache
@@ -235,13 +241,15 @@ class Requests:
         own = query[0, : query.shape[1] // cache.shape[1]].float()
         return (own @ keys.T * query.shape[2] ** -0.5).softmax(-1) @ values
 
-    def due(self, config: FilterConfig, computed: int, new: int, rows: int) -> gpu.DueSeals:
+    def due(self, config: FilterConfig, computed: int, new: int, rows: int) -> "DueSealsOnDevice":
         """What a step of `new` tokens for each of the first `rows` requests makes due."""
+        from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+
         done = np.full(rows, computed, np.int64)
         plan = plan_seals(done, done + new, self._block_size, config.layout)
         assert plan is not None, f"nothing is due between {computed} and {computed + new} tokens"
         shared = torch.zeros(rows, dtype=torch.int32, device=self._device)
-        return gpu.DueSeals.snapshot(plan, self.table[:rows], shared)
+        return DueSealsOnDevice.snapshot(plan, self.table[:rows], shared)
 
 
 class DeviceTimer:

@@ -1,7 +1,6 @@
 """Fixtures shared by all tests."""
 
 import os
-import sys
 
 import pytest
 
@@ -46,19 +45,26 @@ _interpret_triton_where_there_is_no_gpu()
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Our GPU kernels as Python functions; Triton decides that when they are decorated."""
+    """Our GPU kernels as Python functions, in place of those that Triton would compile."""
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: tests/gpu runs these tests on it")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        from vllm_tokenfilter.kernels import gpu
+    import importlib
+    import pkgutil
 
-        for name in [name for name in sys.modules if name.startswith("vllm_tokenfilter.kernels.gpu.triton_")]:
-            patch.delitem(sys.modules, name)
-            # `from package import module` would find the old one there.
-            patch.delattr(gpu, name.rpartition(".")[2], raising=False)
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    from vllm_tokenfilter.kernels import gpu
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # Triton asks again where kernels are launched
+        for found in pkgutil.iter_modules(gpu.__path__, f"{gpu.__name__}."):
+            module = importlib.import_module(found.name)
+            for name, kernel in list(vars(module).items()):
+                if isinstance(kernel, JITFunction):
+                    patch.setattr(module, name, InterpretedFunction(kernel.fn))
         yield
 
 

@@ -113,7 +113,7 @@ def test_the_upper_bound_of_lengths_is_exact_without_speculation():
 
 def test_slots_of_dummy_runs_are_negative_and_lie_where_the_forward_reads_them():
     text = source("v1", "worker", "gpu", "block_table.py")
-    assert "self.slot_mappings.fill_(PAD_SLOT_ID)" in text, "kernels/triton_lengths.py tells dummy rows by it"
+    assert "self.slot_mappings.fill_(PAD_SLOT_ID)" in text, "kernels/gpu/lengths.py tells dummy rows by it"
     assert "PAD_SLOT_ID = -1" in source("v1", "attention", "backends", "utils.py")
     assert "return slot_mappings[:, :num_tokens_padded]" in text, "slots are a view that we rewrite in place"
 
@@ -165,7 +165,7 @@ def test_the_registered_path_leads_to_the_dispatch():
 def test_the_kv_cache_is_packed_as_the_kernels_read_it():
     for name in gpu_backend.INNER_BACKENDS:
         text = source("v1", "attention", "backends", FILES[name][0])
-        assert ".transpose(1, 2).split(" in text, "kernels/gpu.py takes [blocks, heads, tokens, key and value]"
+        assert ".transpose(1, 2).split(" in text, "kernels/gpu/cache.py takes [blocks, heads, tokens, key and value]"
 
 
 def test_kernel_warmup_is_the_name_the_dry_run_replaces():
@@ -173,14 +173,14 @@ def test_kernel_warmup_is_the_name_the_dry_run_replaces():
 
 
 def test_triton_attention_takes_lengths_from_the_device_alone():
-    """integration/gpu_skipping.py shortens them inside the forward, where nothing can be planned any more."""
+    """integration/gpu/skipping.py shortens them inside the forward, where nothing can be planned any more."""
     path = ROOT / "v1" / "attention" / "ops" / "triton_unified_attention.py"
     tree = ast.parse(path.read_text())
     function = next(node for node in tree.body if getattr(node, "name", "") == "unified_attention")
     handed_on = [node.value for node in ast.walk(function) if isinstance(node, ast.keyword)]
     read = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == "max_seqlen_k"]
     assert all(node in handed_on for node in read), (
-        "a host-side length decides something; see integration/gpu_skipping.py"
+        "a host-side length decides something; see integration/gpu/skipping.py"
     )
     assert "seq_lens_ptr=seqused_k" in path.read_text()
     body = ast.unparse(method(classes("TRITON_ATTN")["TritonAttentionImpl"], "forward"))
@@ -192,18 +192,18 @@ def test_triton_metadata_holds_what_a_layer_that_skips_reads():
 
     names = {field.name for field in dataclasses.fields(TritonAttentionMetadata)}
     read = {"query_start_loc", "seq_lens", "block_table", "slot_mapping", "num_actual_tokens", "max_query_len"}
-    assert read <= names, "integration/gpu_skipping.py (SkippingGroup.attach)"
-    assert not hasattr(TritonAttentionMetadata, "__slots__"), "integration/gpu_skipping.py sets an attribute of its own"
+    assert read <= names, "integration/gpu/skipping.py (SkippingGroup.attach)"
+    assert not hasattr(TritonAttentionMetadata, "__slots__"), "integration/gpu/skipping.py sets an attribute of its own"
 
 
 def test_a_layers_forward_writes_the_cache_and_then_hands_its_own_metadata_to_the_implementation():
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    assert not TritonAttentionBackend.forward_includes_kv_cache_update, "integration/gpu_skipping.py scores cached keys"
+    assert not TritonAttentionBackend.forward_includes_kv_cache_update, "integration/gpu/skipping.py scores cached keys"
     text = source("model_executor", "layers", "attention", "attention.py")
     body = " ".join(text[text.index("def unified_attention_with_output(") :][:1400].split())
     call = "self.impl.forward( self, query, key, value, kv_cache, attn_metadata, output=output,"
-    assert call in body, "integration/gpu_skipping.py (SkippingImpl.forward)"
+    assert call in body, "integration/gpu/skipping.py (SkippingImpl.forward)"
     assert "self.impl.supports_quant_query_input" in text and "_k_scale" in text and "_v_scale" in text
 
 
@@ -214,7 +214,7 @@ def test_an_implementation_that_may_skip_keeps_queries_and_outputs_in_the_models
     assert impl.skipping is None
     assert impl.forward is gpu_skipping.SkippingImpl.forward
     theirs = AttentionBackendEnum.TRITON_ATTN.get_class().get_impl_cls()
-    assert "fused_output_quant_supported" in vars(theirs), "integration/gpu_skipping.py overrides it"
+    assert "fused_output_quant_supported" in vars(theirs), "integration/gpu/skipping.py overrides it"
     assert "self.supports_quant_query_input = " in inspect.getsource(theirs.__init__)
 
 

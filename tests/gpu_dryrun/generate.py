@@ -64,7 +64,7 @@ def watch(seals, steps, skips):
 
     def watched_decide(self, place, step):
         decide(self, place, step)
-        layer, starts = int(self._kept.cache.layer_indices[place]), step.rows.query_start_loc.tolist()
+        layer, starts = int(self._carried.cache.layer_indices[place]), step.rows.query_start_loc.tolist()
         for name, start, end in zip(rows, starts, starts[1:], strict=False):
             if end > start and step.rows.slot_mapping[start] >= 0:
                 skips.append([name, layer, self._buffers.skipped[start:end].tolist()])

@@ -12,7 +12,6 @@ import torch
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
-from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.layout import Layout
 
 pytest.importorskip("triton")
@@ -20,6 +19,9 @@ pytest.importorskip("vllm")
 
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu.skipping import SkippingGroup, SkippingImpl
+from vllm_tokenfilter.kernels.gpu import carry, rows, skip, substitutes
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
 
 META = torch.device("meta")
 MAX_REQS, MAX_TOKENS, HEADS, KV_HEADS, DIMS = 9, 64, 4, 2, 64
@@ -28,21 +30,24 @@ SUBSTITUTES = {"none": "put_zero", "window": "attend_window", "running_output": 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """(kernel, grid, arguments, constants) of every launch, in order."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # what is imported here must serve the interpreter's tests as well
-    from vllm_tokenfilter.kernels.gpu import triton_skip
-
+    """(kernel, grid, arguments) of every launch, in order."""
     made = []
 
-    def record(name):
+    def record(module, name):
         class Kernel:
             def __getitem__(self, grid):
-                return lambda *arguments, **constants: made.append((name, grid, arguments, constants))
+                return lambda **arguments: made.append((name, grid, arguments))
 
-        monkeypatch.setattr(triton_skip, name, Kernel())
+        monkeypatch.setattr(module, f"{name}_kernel", Kernel())
 
-    for name in ("describe_rows", "compare_tokens", "decide_rows", "carry_kept", "carry_means", *SUBSTITUTES.values()):
-        record(name)
+    for module, names in {
+        rows: ["describe_rows"],
+        skip: ["compare_tokens", "decide_rows"],
+        carry: ["carry_scores", "carry_means"],
+        substitutes: SUBSTITUTES.values(),
+    }.items():
+        for name in names:
+            record(module, name)
     return made
 
 
@@ -113,7 +118,7 @@ def group_of(substitute="none", layout=None, num_layers=2):
 
     def open_cache():
         opened.append(1)
-        return gpu.GpuCache.over(caches, list(layers), torch.bfloat16)
+        return GpuCache.over(caches, list(layers), torch.bfloat16)
 
     units = tuple(1000 * index for index in range(8))
     group = SkippingGroup(config, layers, units, layout, MAX_REQS, MAX_TOKENS, META, StepCounters(), open_cache)
@@ -146,16 +151,16 @@ def test_a_layer_decides_attends_to_the_shortened_lengths_and_substitutes(launch
     per_layer = ["compare_tokens", "decide_rows", SUBSTITUTES[substitute]]
     assert [name for name, *_ in launches] == [*WARM_UP, *2 * per_layer]
     by_name = {}
-    for name, grid, arguments, constants in launches[len(WARM_UP) :]:
-        by_name.setdefault(name, []).append((grid, arguments, constants))
-    assert [grid for grid, *_ in by_name["compare_tokens"]] == 2 * [(5, KV_HEADS)]
-    for place, (grid, arguments, constants) in enumerate(by_name["decide_rows"]):
-        assert grid == (5,) and constants["TILE"] == 1
-        assert arguments[11:13] == (place, 1000 * (3 + place)), "place and ratio"
-    for layer, output, (_, arguments, _) in zip(layers, outputs, by_name[SUBSTITUTES[substitute]], strict=True):
+    for name, grid, arguments in launches[len(WARM_UP) :]:
+        by_name.setdefault(name, []).append((grid, arguments))
+    assert [grid for grid, _ in by_name["compare_tokens"]] == 2 * [(5, KV_HEADS)]
+    for place, (grid, arguments) in enumerate(by_name["decide_rows"]):
+        assert grid == (5,) and arguments["TILE"] == 1
+        assert (arguments["layer"], arguments["ratio"]) == (place, 1000 * (3 + place))
+    for layer, output, (_, arguments) in zip(layers, outputs, by_name[SUBSTITUTES[substitute]], strict=True):
         ((given, output_scale, extra),) = layer.impl.given
-        assert (output_scale, extra) == (None, 5) and any(argument is output for argument in arguments)
-        assert given.seq_lens.shape == (5,) and given.seq_lens._base is by_name["decide_rows"][0][1][16]
+        assert (output_scale, extra) == (None, 5) and arguments["output"] is output
+        assert given.seq_lens.shape == (5,) and given.seq_lens._base is by_name["decide_rows"][0][1]["read_lens"]
         assert given.block_table is metadata.block_table and given.query_start_loc is metadata.query_start_loc
     assert opened == [1]
 
@@ -168,24 +173,23 @@ def test_a_steps_launches_depend_on_its_shape_alone_and_write_where_the_last_one
     first = launches[:]
     launches.clear()
     run_step(group, layers, 5, 5, 1)
-    for (name, grid, arguments, constants), (again, other_grid, others, other_constants) in zip(
-        first, launches, strict=True
-    ):
-        assert (name, grid, constants) == (again, other_grid, other_constants)
-        for argument, other in zip(arguments, others, strict=True):
+    for (name, grid, arguments), (again, other_grid, others) in zip(first, launches, strict=True):
+        assert (name, grid, list(arguments)) == (again, other_grid, list(others))
+        for argument, other in zip(arguments.values(), others.values(), strict=True):
             if isinstance(argument, torch.Tensor):
                 assert argument.shape == other.shape and argument.dtype == other.dtype
             else:
                 assert argument == other
     ours = {id(tensor) for tensor in vars(group._buffers).values()}
-    written = [{id(x) for x in arguments} & ours for _, _, arguments, _ in first]
-    assert written == [{id(x) for x in arguments} & ours for _, _, arguments, _ in launches]
+    written = [{id(x) for x in arguments.values()} & ours for _, _, arguments in first]
+    assert written == [{id(x) for x in arguments.values()} & ours for _, _, arguments in launches]
+    assert all(written[:3])
 
 
 def test_a_prefill_step_goes_the_same_way(launches):
     group, layers, _ = group_of()
     run_step(group, layers, 3, 60, 40)
-    assert [constants["TILE"] for name, _, _, constants in launches if name == "decide_rows"] == [32, 32, 32]
+    assert [arguments["TILE"] for name, _, arguments in launches if name == "decide_rows"] == [32, 32, 32]
 
 
 def test_steps_beyond_what_the_buffers_were_made_for_are_no_silent_overrun(launches):
@@ -196,20 +200,20 @@ def test_steps_beyond_what_the_buffers_were_made_for_are_no_silent_overrun(launc
         run_step(group, layers, 2, MAX_TOKENS + 1, 40)
 
 
-def test_a_seal_takes_what_is_kept_of_tokens_along(launches, memory):
+def test_a_seal_takes_what_is_carried_for_tokens_along(launches, memory):
     layout = Layout(64, 32, 64, 4, 64)
     group, layers, _ = group_of("running_output", layout)
     plan = SimpleNamespace(rows=[0])
     tables = torch.empty(1, 4, dtype=torch.int32, device=META)
     shared = torch.empty(1, dtype=torch.int32, device=META)
-    due = gpu.DueSeals(plan, tables, shared, torch.empty(5 + 4, dtype=torch.int32, device=META))
+    due = DueSealsOnDevice(plan, tables, shared, torch.empty(5 + 4, dtype=torch.int32, device=META))
     group.follow(due)
-    assert not launches, "nothing is kept before the first step"
+    assert not launches, "nothing is carried before the first step"
     run_step(group, layers, 1, 1, 1, shared)
     launches.clear()
     group.follow(due)
-    assert [(name, grid) for name, grid, *_ in launches] == [("carry_kept", (1, 2)), ("carry_means", (1, 2, 2))]
-    assert launches[0][3]["C"] == 64 and launches[0][3]["K"] == 32
+    assert [(name, grid) for name, grid, *_ in launches] == [("carry_scores", (1, 2)), ("carry_means", (1, 2, 2))]
+    assert (launches[0][2]["C"], launches[0][2]["K"]) == (64, 32)
 
 
 def test_means_that_do_not_fit_beside_the_cache_are_refused_in_words(launches, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+pytest.importorskip("triton")
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.config import CUDAGraphMode

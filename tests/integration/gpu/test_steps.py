@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from tests.kernels.gpu.test_seal import make_layers, prose, read, settings, write
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
+
+from tests.kernels.gpu.test_seal import make_layers, prose, read, settings, write
+from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+
 pytestmark = pytest.mark.usefixtures("interpreted")
 LAYOUT, SIZE = Layout(64, 32, 64, 4, 64), 16
 
 
 @dataclass
 class Step:
-    """See `gpu_step.Step`."""
+    """See `steps.RunnerStep`."""
 
     query_start_loc: torch.Tensor
     query_start_loc_cpu: torch.Tensor
@@ -65,8 +68,6 @@ def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, devi
 
 
 def make_steps(layers=None, mark_blocks=0, device="cpu", **changes):
-    from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
-
     layers = layers or make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True, device)
     config = settings(LAYOUT, **changes)
     return FilteredSteps(
@@ -77,7 +78,7 @@ def make_steps(layers=None, mark_blocks=0, device="cpu", **changes):
         8,
         40,
         torch.device(device),
-        lambda: gpu.GpuCache.over(layers, [0, 1], layers[0].dtype),
+        lambda: GpuCache.over(layers, [0, 1], layers[0].dtype),
     )
 
 
@@ -179,12 +180,8 @@ def attend(query, cache, table, seq_lens):
 def test_a_captured_decode_step_over_changing_lengths_attends_to_what_the_reference_keeps(device, capture):
     """Writing and reading as a graph: captured once, replayed while lengths grow and chunks are sealed."""
     (layer,) = layers = make_layers(torch.bfloat16, 1, 48, 2, SIZE, 64, True, device)
-    from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
-
     config = settings(LAYOUT)
-    steps = FilteredSteps(
-        config, LAYOUT, SIZE, 0, 2, 24, device, lambda: gpu.GpuCache.over(layers, [0], torch.bfloat16)
-    )
+    steps = FilteredSteps(config, LAYOUT, SIZE, 0, 2, 24, device, lambda: GpuCache.over(layers, [0], torch.bfloat16))
     tables = np.random.default_rng(5).permutation(48).reshape(2, 24).astype(np.int32)
     texts = [prose(2, 300, 64, torch.bfloat16, row) for row in range(2)]
     generator = torch.Generator().manual_seed(1)

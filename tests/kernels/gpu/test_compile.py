@@ -12,43 +12,41 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_tokenfilter.kernels.gpu import triton_lengths
-from vllm_tokenfilter.kernels.gpu import triton_seal
-from vllm_tokenfilter.kernels.gpu import triton_skip
+from vllm_tokenfilter.kernels.gpu import carry, compact, lengths, rows, score, skip, substitutes
 
 POINTERS = {
     "*i64": "layer_addresses layer_indices slot_mapping totals",
-    "*i32": "tables task_rows task_chunks first_ptr last_ptr own_ptr num_tokens_ptr first_task_ptr asked_ptr kept "
-    "query_start_loc seq_lens stored_lens shared_chunks clean_tables rows debts read_lens below skipped",
-    "*fp32": "saved known scores redundancy similarities means weights key_scale value_scale",
+    "*i32": "block_tables task_rows task_chunks first_chunk last_chunk shared_chunks num_tokens first_task kept "
+    "query_start_loc seq_lens stored_lens clean_tables rows debts read_lens below skipped",
+    "*fp32": "saved_redundancy known head_scores scratch scores means weights key_scale value_scale",
     "*bf16": "query output",
     "fp32": "decay_log2 decay scale softcap",
-    "i64": "block_stride head_stride saved_stride kept_stride",
+    "i64": "block_stride head_stride saved_stride carried_stride",
 }
 TYPES = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
 SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
 SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
-LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, SHARES=True, NO_SEALS=1 << 30, TILE=128)
+LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, NO_SEALS=1 << 30, TILE=128)
 STEP = dict(D=128, BLOCK_SIZE=16, BLOCK_D=128, BLOCK_R=256, TILE=32, ENCODING=1)
 DECIDE = dict(HISTORY=64, UNITS=10000, PATIENCE=8, BLOCK_SIZE=16, BLOCK_N=64, CAPACITY=8192, FUSION=0)
 WINDOW = dict(SINKS=4, WINDOW=64, GROUP=4, BLOCK_G=16)
 KERNELS = [
-    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0)),
-    (triton_seal._score, dict(SEAL, M=64, SELECTOR=0, ENCODING=3)),
-    (triton_seal._score, dict(SEAL, M=64, SELECTOR=1)),
-    (triton_seal._compact, dict(SEAL, BLOCK_C=64, FUSION=0)),
-    (triton_lengths.step_lengths, LENGTHS),
-    (triton_skip.describe_rows, dict(C=64, K=32, W=64, FILTERED=True)),
-    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192)),
-    (triton_skip.compare_tokens, dict(STEP, M=64, CAPACITY=8192, ENCODING=3)),
-    (triton_skip.decide_rows, dict(DECIDE, TILE=32)),
-    (triton_skip.decide_rows, dict(DECIDE, TILE=1)),
-    (triton_skip.put_zero, dict(WIDTH=4096, TILE=1024)),
-    (triton_skip.attend_window, dict(WINDOW, **STEP)),
-    (triton_skip.attend_window, dict(WINDOW, **dict(STEP, ENCODING=3))),
-    (triton_skip.average_outputs, dict(WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
-    (triton_skip.carry_kept, dict(C=64, K=32, BLOCK_SIZE=16, TILE=128)),
-    (triton_skip.carry_means, dict(C=64, K=32, WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
+    (score.score_kernel, dict(SEAL, M=64, SELECTOR=0)),
+    (score.score_kernel, dict(SEAL, M=64, SELECTOR=0, ENCODING=3)),
+    (score.score_kernel, dict(SEAL, M=64, SELECTOR=1)),
+    (compact.compact_kernel, dict(SEAL, BLOCK_C=64, FUSION=0)),
+    (lengths.adjust_step_kernel, LENGTHS),
+    (rows.describe_rows_kernel, dict(C=64, K=32, W=64, FILTERED=True)),
+    (skip.compare_tokens_kernel, dict(STEP, M=64, CAPACITY=8192)),
+    (skip.compare_tokens_kernel, dict(STEP, M=64, CAPACITY=8192, ENCODING=3)),
+    (skip.decide_rows_kernel, dict(DECIDE, TILE=32)),
+    (skip.decide_rows_kernel, dict(DECIDE, TILE=1)),
+    (substitutes.put_zero_kernel, dict(WIDTH=4096, TILE=1024)),
+    (substitutes.attend_window_kernel, dict(WINDOW, **STEP)),
+    (substitutes.attend_window_kernel, dict(WINDOW, **dict(STEP, ENCODING=3))),
+    (substitutes.average_outputs_kernel, dict(WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
+    (carry.carry_scores_kernel, dict(C=64, K=32, BLOCK_SIZE=16, TILE=128)),
+    (carry.carry_means_kernel, dict(C=64, K=32, WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
 ]
 for kernel, constants in KERNELS:
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
@@ -74,7 +72,8 @@ from triton.runtime.jit import JITFunction
 from tests.gpu_dryrun import pretend_cuda
 del os.environ["TRITON_INTERPRET"]  # the compiler is what is looked at
 from vllm_tokenfilter.kernels.gpu import seal as gpu
-from vllm_tokenfilter.kernels.gpu import triton_seal
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
 from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.layout import Layout
@@ -85,13 +84,13 @@ triton.knobs.runtime.jit_post_compile_hook = lambda **what: compiled.append(what
 launch = JITFunction.run
 JITFunction.run = lambda self, *args, **options: launch(self, *args, **{**options, "warmup": True})
 layout = Layout(64, 32, 64, 4, 64)
-cache = gpu.GpuCache.over([torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16)], [0], torch.bfloat16)
+cache = GpuCache.over([torch.zeros(4, 2, 16, 128, dtype=torch.bfloat16)], [0], torch.bfloat16)
 gpu.warm_up(cache, layout, ScoreRule())
 assert len(compiled) == 2, compiled
 for lengths in ([128], [128, 200, 128], [192] * 4, [512, 300, 128, 128, 129], [4096] * 16):
     plan = plan_seals(np.zeros(len(lengths), np.int64), np.array(lengths), 16, layout)
     tables = torch.zeros(len(lengths), plan.num_blocks + 3, dtype=torch.int32)
-    due = gpu.DueSeals.snapshot(plan, tables, torch.zeros(len(lengths), dtype=torch.int32))
+    due = DueSealsOnDevice.snapshot(plan, tables, torch.zeros(len(lengths), dtype=torch.int32))
     gpu.seal_chunks(cache, due, layout, ScoreRule())
 assert len(compiled) == 2, f"{len(compiled) - 2} compilations while requests wait"
 """

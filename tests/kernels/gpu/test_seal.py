@@ -10,13 +10,18 @@ import torch
 from tests.kernels.cpu import test_seal as cpu_caches
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.kernels.cpu.seal import seal_chunks
-from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.reference import seal_reference
 from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
+
+from vllm_tokenfilter.kernels.gpu import seal as gpu
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+from vllm_tokenfilter.kernels.gpu.lengths import NO_SEALS, StepBuffers, adjust_step
+
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 FP8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -78,11 +83,11 @@ def settings(layout, **rule):
 
 def seal(layers, tables, lengths, computed, shared, layout, rule, cache=None, gather=None):
     """Seal what a step from `computed` to `lengths` made due; returns row -> chunk -> kept [num_layers, K]."""
-    cache = cache or gpu.GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
+    cache = cache or GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
     plan = plan_seals(np.array(computed), np.array(lengths), cache.block_size, layout)
     device = layers[0].device
     tables, shared = torch.from_numpy(tables).to(device), torch.tensor(shared, dtype=torch.int32, device=device)
-    kept = gpu.seal_chunks(cache, gpu.DueSeals.snapshot(plan, tables, shared), layout, rule, gather).cpu()
+    kept = gpu.seal_chunks(cache, DueSealsOnDevice.snapshot(plan, tables, shared), layout, rule, gather).cpu()
     found, task = {}, 0
     for row, first, last in zip(plan.rows, plan.first_chunk, plan.last_chunk, strict=True):
         found[int(row)] = {chunk: kept[:, task + chunk - first] for chunk in range(first, last)}
@@ -274,8 +279,8 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
     slots = torch.full((int(starts[-1]) + 3,), 5, dtype=torch.int64, device=device)
     slots[starts[5] : starts[6]] = -1
     old = slots.clone()
-    buffers = gpu.StepBuffers.make(9, width if mark_blocks else 0, device)
-    gpu.adjust_step(
+    buffers = StepBuffers.make(9, width if mark_blocks else 0, device)
+    adjust_step(
         torch.from_numpy(starts).to(device),
         torch.from_numpy(seq_lens.astype(np.int32)).to(device),
         torch.from_numpy(tables).to(device),
@@ -288,7 +293,7 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
     for row in range(7):
         begin, end = starts[row], starts[row + 1]
         if row >= 5:
-            assert buffers.stored_lens[row] == seq_lens[row] and buffers.shared_chunks[row] == gpu.NO_SEALS
+            assert buffers.stored_lens[row] == seq_lens[row] and buffers.shared_chunks[row] == NO_SEALS
             assert torch.equal(slots[begin:end], old[begin:end])
             continue
         removed = removed_tokens(computed[row], layout, shared[row])
@@ -308,7 +313,7 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
 def test_the_byte_floor_counts_one_chunk_read_and_the_moves_of_a_decode_seal():
     layout = Layout(64, 32, 64, 4, 64)
     layers = make_layers(torch.bfloat16, 2, 8, 3, 16, 64, True)
-    cache = gpu.GpuCache.over(layers, [0, 1], torch.bfloat16)
+    cache = GpuCache.over(layers, [0, 1], torch.bfloat16)
     plan = plan_seals(np.array([255]), np.array([256]), 16, layout)
     token = 2 * 3 * 2 * 64 * 2  # layers, heads, K and V, elements, bytes
     # Chunk 3 and its 64 predecessors are read; 32 kept tokens and 64 raw ones are read and written.
@@ -319,4 +324,4 @@ def test_layers_that_lie_differently_are_refused():
     one = make_layers(torch.bfloat16, 1, 4, 2, 16, 64, True)
     other = make_layers(torch.bfloat16, 1, 4, 2, 16, 64, False)
     with pytest.raises(ValueError, match="strides"):
-        gpu.GpuCache.over(one + other, [0, 1], torch.bfloat16)
+        GpuCache.over(one + other, [0, 1], torch.bfloat16)

@@ -5,16 +5,24 @@ import pytest
 import torch
 
 from tests import reference
-from tests.kernels.gpu.test_seal import make_layers, prose, read, write
 from vllm_tokenfilter.kernels.cpu import skip
 from vllm_tokenfilter.kernels.cpu.cache import FLOAT32, PagedCache
-from vllm_tokenfilter.kernels.gpu import seal as gpu
-from vllm_tokenfilter.kernels.gpu import skip as gpu_skip
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.rules import ScoreRule, SkipRule
 from vllm_tokenfilter.layout import Layout, removed_tokens, sealed_chunks
 
 pytest.importorskip("triton")
+
+from tests.kernels.gpu.test_seal import make_layers, prose, read, write
+from vllm_tokenfilter.kernels.gpu import skip as gpu
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.carry import CarriedOnDevice, bytes_of_means, follow_seals
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+from vllm_tokenfilter.kernels.gpu.lengths import NO_SEALS
+from vllm_tokenfilter.kernels.gpu.rows import SkipBuffers, SkipRowsOnDevice, describe_rows
+from vllm_tokenfilter.kernels.gpu.seal import seal_chunks
+from vllm_tokenfilter.kernels.gpu.substitutes import put_substitute
+
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 #: Rows and tokens the buffers are made for; steps below are padded beside them.
@@ -27,13 +35,13 @@ class Group:
 
     def __init__(self, layers, rule, substitute="none", layout=None, num_heads=None, tables=None):
         self.layers, self.rule, self.substitute, self.layout = layers, rule, substitute, layout
-        cache = gpu.GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
+        cache = GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
         self.width = (num_heads or cache.num_kv_heads) * cache.head_size
-        self.kept = gpu_skip.KeptOnDevice.over(cache, self.width if substitute == "running_output" else 0)
-        self.buffers = gpu_skip.SkipBuffers.make(MAX_REQS, MAX_TOKENS, cache.num_kv_heads, torch.device("cpu"))
+        self.carried = CarriedOnDevice.over(cache, self.width if substitute == "running_output" else 0)
+        self.buffers = SkipBuffers.make(MAX_REQS, MAX_TOKENS, cache.num_kv_heads, torch.device("cpu"))
         self.buffers.skipped.fill_(7)  # what earlier layers and steps left there must not matter
         self.tables, self.done, self.due = tables, [0] * len(tables), None
-        self.seal_cache = gpu.GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
+        self.seal_cache = GpuCache.over(layers, list(range(len(layers))), layers[0].dtype)
         self.sealed = {}
 
     def step(self, counts, ratio, layer=0, padded=1, outputs=None, queries=None, scale=1.0, softcap=0.0, decoding=None):
@@ -42,14 +50,14 @@ class Group:
         removed = np.zeros_like(done) if self.layout is None else removed_tokens(done, self.layout)
         starts = np.concatenate([[0], np.cumsum(counts), np.full(padded, counts.sum())]).astype(np.int32)
         slots = np.full(counts.sum() + 2, -1, np.int64)
-        size = self.kept.cache.block_size
+        size = self.carried.cache.block_size
         for row, count in enumerate(counts):
             own = done[row] - removed[row] + np.arange(count)
             slots[starts[row] : starts[row + 1]] = self.tables[row][own // size].astype(np.int64) * size + own % size
         lengths = np.concatenate([done + counts, np.zeros(padded)]).astype(np.int32)
         stored = np.concatenate([done + counts - removed, np.zeros(padded)]).astype(np.int32)
         table = np.concatenate([self.tables, np.zeros((padded, self.tables.shape[1]), np.int32)])
-        step = gpu_skip.SkipRowsOnDevice(
+        step = SkipRowsOnDevice(
             torch.from_numpy(starts),
             torch.from_numpy(stored),
             torch.from_numpy(table),
@@ -59,29 +67,29 @@ class Group:
             bool((counts <= 1).all()) if decoding is None else decoding,
         )
         shared = torch.zeros(len(lengths), dtype=torch.int32)
-        gpu_skip.describe_rows(step.query_start_loc, torch.from_numpy(lengths), shared, self.buffers, self.layout)
-        gpu_skip.decide(self.kept, self.rule, step, self.buffers, layer, round(ratio * UNITS), self.substitute)
+        describe_rows(step.query_start_loc, torch.from_numpy(lengths), shared, self.buffers, self.layout)
+        gpu.decide(self.carried, self.rule, step, self.buffers, layer, round(ratio * UNITS), self.substitute)
         for row, count in enumerate(counts):
             skipped = bool(self.buffers.skipped[starts[row]]) and count == 1
             assert self.buffers.read_lens[row] == (1 if skipped else stored[row])
         if outputs is not None:
             one = torch.ones(1)
-            gpu_skip.put_substitute(
-                self.kept, self.rule, step, self.buffers, layer, self.substitute, queries, outputs, scale, softcap,
+            put_substitute(
+                self.carried, self.rule, step, self.buffers, layer, self.substitute, queries, outputs, scale, softcap,
                 one, one,
             )  # fmt: skip
         self.plan = None
         if self.layout is not None:
             plan = plan_seals(done, done + counts, size, self.layout)
             if plan is not None:
-                self.due = gpu.DueSeals.snapshot(plan, torch.from_numpy(self.tables), shared[: len(counts)])
+                self.due = DueSealsOnDevice.snapshot(plan, torch.from_numpy(self.tables), shared[: len(counts)])
         self.done = (done + counts).tolist()
         return [self.buffers.skipped[starts[row] : starts[row + 1]].clone().bool() for row in range(len(counts))]
 
     def seal(self):
         if self.due is not None:
-            gpu.seal_chunks(self.seal_cache, self.due, self.layout, ScoreRule())
-            gpu_skip.follow_seals(self.kept, self.due, self.layout)
+            seal_chunks(self.seal_cache, self.due, self.layout, ScoreRule())
+            follow_seals(self.carried, self.due, self.layout)
             self.due = None
 
     def slot(self, row):
@@ -150,7 +158,7 @@ def test_decisions_over_hundreds_of_decoded_tokens_follow_the_formulas_and_the_c
         scores = reference.redundancy(keys, values, 0, length, own)
         slots = np.arange(length)
         physical = group.tables[0][slots // size].astype(np.int64) * size + slots % size
-        kept = group.kept.cache.saved_redundancy[0, torch.from_numpy(physical)]
+        kept = group.carried.cache.saved_redundancy[0, torch.from_numpy(physical)]
         assert (kept - scores).abs().max() < 1e-5
         decided, ties = reference.decide(scores, own, 0, theirs=decisions, tie=1e-5)
         assert torch.equal(decided, decisions) and ties <= 0.01 * length
@@ -242,25 +250,25 @@ def test_tokens_that_go_nowhere_are_left_alone_and_counted_nowhere():
     group, texts = group_of(torch.float32, 2, 16, 16, True, 64, rows=1, rule=rule)
     feed(group, texts, [40])
     group.step([40], 0.5)
-    kept, debts = group.kept.cache.saved_redundancy.clone(), group.kept.debts.clone()
+    kept, debts = group.carried.cache.saved_redundancy.clone(), group.carried.debts.clone()
     totals = group.buffers.totals.clone()
-    dead = gpu_skip.SkipRowsOnDevice(
+    dead = SkipRowsOnDevice(
         torch.tensor([0, 1, 30], dtype=torch.int32), torch.tensor([41, 70], dtype=torch.int32),
         torch.from_numpy(np.repeat(group.tables, 2, 0)), torch.full((30,), -1), 2, 30, False,
     )  # fmt: skip
-    gpu_skip.describe_rows(dead.query_start_loc, dead.seq_lens, None, group.buffers, None)
-    gpu_skip.decide(group.kept, rule, dead, group.buffers, 0, 5000, "none")
+    describe_rows(dead.query_start_loc, dead.stored_lens, None, group.buffers, None)
+    gpu.decide(group.carried, rule, dead, group.buffers, 0, 5000, "none")
     assert group.buffers.read_lens[:2].tolist() == [41, 70]
-    assert torch.equal(group.kept.cache.saved_redundancy, kept) and torch.equal(group.kept.debts, debts)
+    assert torch.equal(group.carried.cache.saved_redundancy, kept) and torch.equal(group.carried.debts, debts)
     assert torch.equal(group.buffers.totals, totals)
     group.buffers.skipped.fill_(1)
     outputs = torch.full((30, 32), 3.0)
     for substitute in ("none", "window", "running_output"):
-        kept = gpu_skip.KeptOnDevice.over(group.kept.cache, 32)
+        carried = CarriedOnDevice.over(group.carried.cache, 32)
         one = torch.ones(1)
         queries = torch.zeros(30, 2, 16)
-        gpu_skip.put_substitute(kept, rule, dead, group.buffers, 0, substitute, queries, outputs, 1.0, 0.0, one, one)
-        assert (outputs == 3.0).all() and not kept.weights.any()
+        put_substitute(carried, rule, dead, group.buffers, 0, substitute, queries, outputs, 1.0, 0.0, one, one)
+        assert (outputs == 3.0).all() and not carried.weights.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,12 +321,12 @@ def test_the_windows_keys_and_values_of_an_fp8_cache_are_scaled():
     feed(group, texts, [40])
     queries, plain, scaled = torch.randn(42, 1, 32), torch.zeros(42, 32), torch.zeros(42, 32)
     decisions = group.step([40], 0.6, outputs=plain, queries=queries)[0]
-    step = gpu_skip.SkipRowsOnDevice(
+    step = SkipRowsOnDevice(
         torch.tensor([0, 40], dtype=torch.int32), torch.tensor([40], dtype=torch.int32),
         torch.from_numpy(group.tables), torch.arange(40), 1, 40, False,
     )  # fmt: skip
     two = torch.full((1,), 2.0)
-    gpu_skip.put_substitute(group.kept, rule, step, group.buffers, 0, "window", queries / 2, scaled, 1.0, 0.0, two, two)
+    put_substitute(group.carried, rule, step, group.buffers, 0, "window", queries / 2, scaled, 1.0, 0.0, two, two)
     assert decisions.any()
     torch.testing.assert_close(scaled[:40][decisions], 2 * plain[:40][decisions])
 
@@ -353,26 +361,26 @@ def test_means_of_outputs_go_on_across_steps_blocks_and_seals(layout):
 
 
 def test_the_bytes_of_means_are_what_is_allocated():
-    cache = gpu.GpuCache.over(make_layers(torch.bfloat16, 2, 9, 2, 16, 64, True), [0, 1], torch.bfloat16)
-    kept = gpu_skip.KeptOnDevice.over(cache, 4 * 64)
-    assert gpu_skip.bytes_of_means(cache, 4 * 64) == kept.means.nbytes + kept.weights.nbytes
+    cache = GpuCache.over(make_layers(torch.bfloat16, 2, 9, 2, 16, 64, True), [0, 1], torch.bfloat16)
+    carried = CarriedOnDevice.over(cache, 4 * 64)
+    assert bytes_of_means(cache, 4 * 64) == carried.means.nbytes + carried.weights.nbytes
 
 
 @pytest.mark.parametrize("layout", [None, Layout(64, 32, 96, 4, 64)], ids=["dense", "filtered"])
 def test_rows_are_described_as_the_layout_has_them(layout):
     computed = np.array([0, 128, 500, 70, 95, 0, 0])
     queries = np.array([40, 60, 1, 200, 1, 7, 0])  # the last but one is a dummy run's row, the last is padding
-    shared = np.array([0, 2, 0, 1, 0, gpu.NO_SEALS, gpu.NO_SEALS])
-    buffers = gpu_skip.SkipBuffers.make(8, 1, 1, torch.device("cpu"))
+    shared = np.array([0, 2, 0, 1, 0, NO_SEALS, NO_SEALS])
+    buffers = SkipBuffers.make(8, 1, 1, torch.device("cpu"))
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-    gpu_skip.describe_rows(
+    describe_rows(
         torch.from_numpy(starts),
         torch.from_numpy((computed + queries).astype(np.int32)),
         None if layout is None else torch.from_numpy(shared.astype(np.int32)),
         buffers,
         layout,
     )
-    own = np.where(shared == gpu.NO_SEALS, 0, shared)
+    own = np.where(shared == NO_SEALS, 0, shared)
     removed = 0 if layout is None else removed_tokens(computed, layout, own)
     raw = 0 * computed if layout is None else sealed_chunks(computed, layout, own) * layout.kept_per_chunk
     assert buffers.rows[:, :7].tolist() == [(computed - removed).tolist(), raw.tolist(), computed.tolist()]

@@ -3,9 +3,9 @@
 For each backend of vLLM that can be inside there is a class `OVER_<name>`, made on first use. Everything vLLM asks a
 backend (its name, layouts, block sizes, CUDA graph support) is answered by the one inside. Two hooks are ours:
 
-- the metadata builder hands the inner builder an adjusted step (`gpu_step.FilteredSteps`);
+- the metadata builder hands the inner builder an adjusted step (`steps.FilteredSteps`);
 - the implementation plans the model's layers once all weights are loaded, as on CPU, and may skip attention
-  (`gpu_skipping.SkippingImpl`).
+  (`skipping.SkippingImpl`).
 
 A KV-cache group holds filtered layers only or dense layers only, so a builder adjusts every step or none.
 
@@ -32,7 +32,7 @@ from vllm_tokenfilter.integration.gpu.skipping import SkippingGroup, SkippingImp
 from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, HostLengths
 from vllm_tokenfilter.integration.layers import layers_by_index
 from vllm_tokenfilter.integration.lifecycle import CountingBuilder, PlanningImpl, planned_model
-from vllm_tokenfilter.kernels.gpu.seal import GpuCache
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 from vllm_tokenfilter.layout import shares_prefixes
 
 #: vLLM's backends that can be inside.

@@ -1,11 +1,11 @@
 """Attention skipping on a GPU: what a KV-cache group's builder and its layers' forward add to vLLM's own.
 
-The builder attaches a `SkipStep` to the metadata it returns. In the forward of a layer that skips, once the step's keys
-and values are in the cache: two launches decide, on the device, whose attention is skipped, and write the lengths that
-vLLM's kernel attends to, 1 for a decoding row that is skipped; then vLLM's kernel runs over these lengths; then one
-launch puts the substitute in place of skipped outputs. No data reaches the host, and no Python depends on it: with
-TRITON_ATTN, whose kernels read lengths from the device and plan nothing ahead, a full CUDA graph holds all of it. Other
-backends of vLLM plan from the step's lengths before the forward, and are refused.
+The builder attaches a `SkipStepOnDevice` to the metadata it returns. In the forward of a layer that skips, once the
+step's keys and values are in the cache: two launches decide, on the device, whose attention is skipped, and write the
+lengths that vLLM's kernel attends to, 1 for a decoding row that is skipped; then vLLM's kernel runs over these lengths;
+then one launch puts the substitute in place of skipped outputs. No data reaches the host, and no Python depends on it:
+with TRITON_ATTN, whose kernels read lengths from the device and plan nothing ahead, a full CUDA graph holds all of it.
+Other backends of vLLM plan from the step's lengths before the forward, and are refused.
 
 Source: vllm/model_executor/layers/attention/attention.py (`unified_attention_with_output`),
 vllm/v1/attention/backends/triton_attn.py (`TritonAttentionMetadata.seq_lens`, `TritonAttentionImpl.forward`).
@@ -24,17 +24,21 @@ from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
-from vllm_tokenfilter.kernels.gpu import seal as gpu
-from vllm_tokenfilter.kernels.gpu import skip as gpu_skip
+from vllm_tokenfilter.kernels.gpu import skip
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.carry import CarriedOnDevice, bytes_of_means, follow_seals
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+from vllm_tokenfilter.kernels.gpu.rows import SkipBuffers, SkipRowsOnDevice, describe_rows
+from vllm_tokenfilter.kernels.gpu.substitutes import put_substitute
 from vllm_tokenfilter.kernels.rules import SkipRule
 from vllm_tokenfilter.layout import Layout
 
-#: The attribute of vLLM's metadata that holds a `SkipStep`.
+#: The attribute of vLLM's metadata that holds a `SkipStepOnDevice`.
 _STEP = "token_filtering_step"
 
 
 @dataclass(frozen=True)
-class SkipStep:
+class SkipStepOnDevice:
     """A step of the layers that skip.
 
     Attributes:
@@ -42,12 +46,12 @@ class SkipStep:
         shortened: vLLM's metadata with the lengths that the running layer attends to.
     """
 
-    rows: gpu_skip.SkipRowsOnDevice
+    rows: SkipRowsOnDevice
     shortened: Any
 
 
 class SkippingGroup:
-    """The layers of a KV-cache group that skip, and what is kept of their tokens."""
+    """The layers of a KV-cache group that skip, and what is carried for their tokens."""
 
     def __init__(
         self,
@@ -59,7 +63,7 @@ class SkippingGroup:
         max_num_tokens: int,
         device: torch.device,
         counters: StepCounters,
-        open_cache: Callable[[], gpu.GpuCache],
+        open_cache: Callable[[], GpuCache],
     ) -> None:
         """Prepare, and tell the layers' implementations.
 
@@ -79,8 +83,8 @@ class SkippingGroup:
         self._units = [units[index] for index in layers]
         first = next(iter(layers.values()))
         self._mean_width = first.num_heads * first.head_size if self._substitute == "running_output" else 0
-        self._buffers = gpu_skip.SkipBuffers.make(max_num_reqs, max_num_tokens, first.num_kv_heads, device)
-        self._kept: gpu_skip.KeptOnDevice | None = None
+        self._buffers = SkipBuffers.make(max_num_reqs, max_num_tokens, first.num_kv_heads, device)
+        self._carried: CarriedOnDevice | None = None
         self._counters, self._settled = counters, (0, 0, 0)
         for place, layer in enumerate(layers.values()):
             layer.impl.skipping = (self, place)
@@ -95,8 +99,8 @@ class SkippingGroup:
             shared_chunks: int32 [num_reqs], chunks taken over sealed; None where nothing is filtered.
         """
         num_reqs = seq_lens.shape[0]
-        gpu_skip.describe_rows(step.query_start_loc, seq_lens, shared_chunks, self._buffers, self._layout)
-        rows = gpu_skip.SkipRowsOnDevice(
+        describe_rows(step.query_start_loc, seq_lens, shared_chunks, self._buffers, self._layout)
+        rows = SkipRowsOnDevice(
             metadata.query_start_loc,
             metadata.seq_lens,
             metadata.block_table,
@@ -105,25 +109,32 @@ class SkippingGroup:
             metadata.num_actual_tokens,
             metadata.max_query_len == 1,
         )
-        if self._kept is None:
+        if self._carried is None:
             # In the first dummy run, so that no request waits for it.
-            self._kept = self._keep()
-            gpu_skip.warm_up(self._kept, self._rule, rows, self._buffers, self._substitute, self._layout)
+            self._carried = self._open()
+            skip.warm_up(self._carried, self._rule, rows, self._buffers, self._substitute, self._layout)
         shortened = dataclasses.replace(metadata, seq_lens=self._buffers.read_lens[:num_reqs])
-        setattr(metadata, _STEP, SkipStep(rows, shortened))
+        setattr(metadata, _STEP, SkipStepOnDevice(rows, shortened))
 
-    def decide(self, place: int, step: SkipStep) -> None:
-        """Decide for a step's tokens in one layer, by its place among those that skip; see `gpu_skip.decide`."""
-        assert self._kept is not None
-        gpu_skip.decide(self._kept, self._rule, step.rows, self._buffers, place, self._units[place], self._substitute)
+    def decide(self, place: int, step: SkipStepOnDevice) -> None:
+        """Decide for a step's tokens in one layer, by its place among those that skip; see `skip.decide`."""
+        assert self._carried is not None
+        skip.decide(self._carried, self._rule, step.rows, self._buffers, place, self._units[place], self._substitute)
 
     def put_substitute(
-        self, place: int, step: SkipStep, query: Tensor, output: Tensor, scale: float, softcap: float, layer: Attention
+        self,
+        place: int,
+        step: SkipStepOnDevice,
+        query: Tensor,
+        output: Tensor,
+        scale: float,
+        softcap: float,
+        layer: Attention,
     ) -> None:
-        """Replace the outputs of skipped attentions in one layer; see `gpu_skip.put_substitute`."""
-        assert self._kept is not None
-        gpu_skip.put_substitute(
-            self._kept,
+        """Replace the outputs of skipped attentions in one layer; see `put_substitute`."""
+        assert self._carried is not None
+        put_substitute(
+            self._carried,
             self._rule,
             step.rows,
             self._buffers,
@@ -137,11 +148,11 @@ class SkippingGroup:
             layer._v_scale,
         )
 
-    def follow(self, due: gpu.DueSeals) -> None:
-        """Let what is kept of tokens follow a seal."""
-        if self._kept is not None:
+    def follow(self, due: DueSealsOnDevice) -> None:
+        """Let what is carried for tokens follow a seal."""
+        if self._carried is not None:
             assert self._layout is not None
-            gpu_skip.follow_seals(self._kept, due, self._layout)
+            follow_seals(self._carried, due, self._layout)
 
     def settle(self) -> None:
         """Add to the counters what the device counted since; waits for the device."""
@@ -152,10 +163,10 @@ class SkippingGroup:
         self._counters.reads_done += read
         self._settled = counted
 
-    def _keep(self) -> gpu_skip.KeptOnDevice:
+    def _open(self) -> CarriedOnDevice:
         cache = self._open_cache()
         if self._mean_width:
-            needed, device = gpu_skip.bytes_of_means(cache, self._mean_width), cache.saved_redundancy.device
+            needed, device = bytes_of_means(cache, self._mean_width), cache.saved_redundancy.device
             free = torch.accelerator.get_memory_info(device)[0]
             if needed > free:
                 raise UnsupportedError(
@@ -165,7 +176,7 @@ class SkippingGroup:
                         "gpu_memory_utilization, or use window."
                     ]
                 )
-        return gpu_skip.KeptOnDevice.over(cache, self._mean_width)
+        return CarriedOnDevice.over(cache, self._mean_width)
 
 
 class SkippingImpl:

@@ -1,6 +1,6 @@
 """One KV-cache group's steps on a GPU: lengths, slots and due seals, whatever attention backend reads them.
 
-The device does the arithmetic (`kernels/gpu.adjust_step`), into buffers that stay where they are. The host decides only
+The device does the arithmetic (`kernels/gpu/lengths.py`), into buffers that stay where they are. The host decides only
 whether anything is to be launched, from lengths it has anyway: without speculative decoding, which is refused, vLLM's
 "upper bound" of the lengths is exact, async scheduling included. Nothing here waits for the device.
 
@@ -8,7 +8,7 @@ What a row took over from the prefix cache is read off the block table, which on
 length alone: it may launch for a chunk that came sealed, and the device then does nothing; and the host's counts take
 the last of the chunks that were taken over for chunks sealed here, at most recent_window tokens of a request.
 
-Imports no vLLM: `Step` is the part of its step metadata that is used.
+Imports no vLLM: `RunnerStep` is the part of its step metadata that is used.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,16 @@ from torch import Tensor
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu.clock import SealClock
-from vllm_tokenfilter.kernels.gpu import seal as gpu
+from vllm_tokenfilter.kernels.gpu import seal
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+from vllm_tokenfilter.kernels.gpu.lengths import StepBuffers, adjust_step
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout, removed_tokens
 
 
-class Step(Protocol):
+class RunnerStep(Protocol):
     """What vLLM's runners say of a step; `cpu` tensors are host copies, the others may lie on the device."""
 
     query_start_loc: Tensor
@@ -59,7 +62,7 @@ class HostLengths:
     real: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, step: Step) -> "HostLengths":
+    def of(cls, step: RunnerStep) -> "HostLengths":
         """Read the host's copies; nothing is waited for."""
         bound, num_reqs = step.seq_lens_cpu_upper_bound, step.num_reqs
         assert bound is not None, "the runner gives no host copy of the lengths"
@@ -89,7 +92,7 @@ class Adjusted:
 
 
 class FilteredSteps:
-    """The steps of a group of filtered layers. Its state: what the step before made due, and scores kept between seals.
+    """The steps of a group of filtered layers. Its state: what the step before made due, and what a seal saves.
 
     Attributes:
         counters: what was done.
@@ -105,7 +108,7 @@ class FilteredSteps:
         max_num_reqs: int,
         max_blocks: int,
         device: torch.device,
-        open_cache: Callable[[], gpu.GpuCache],
+        open_cache: Callable[[], GpuCache],
         gather_heads: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Prepare.
@@ -119,21 +122,21 @@ class FilteredSteps:
             max_blocks: entries of a block-table row.
             device: where the step's tensors lie.
             open_cache: called once, when the KV cache exists.
-            gather_heads: see `kernels/gpu.seal_chunks`.
+            gather_heads: see `kernels.gpu.seal.seal_chunks`.
         """
         self.config, self.layout = config, layout
         self.counters = StepCounters()
         self.clock = SealClock(self.counters, device)
         self._block_size, self._mark_blocks = block_size, mark_blocks
-        self._buffers = gpu.StepBuffers.make(max_num_reqs, max_blocks if mark_blocks else 0, device)
+        self._buffers = StepBuffers.make(max_num_reqs, max_blocks if mark_blocks else 0, device)
         self._rule = ScoreRule.of(config)
         self._open_cache, self._gather_heads = open_cache, gather_heads
-        self._cache: gpu.GpuCache | None = None
-        self._due: gpu.DueSeals | None = None
-        self._after_seal: Callable[[gpu.DueSeals], None] | None = None
+        self._cache: GpuCache | None = None
+        self._due: DueSealsOnDevice | None = None
+        self._after_seal: Callable[[DueSealsOnDevice], None] | None = None
         self._layers_skipping = 0
 
-    def followed_by(self, after_seal: Callable[[gpu.DueSeals], None], layers_skipping: int) -> None:
+    def followed_by(self, after_seal: Callable[[DueSealsOnDevice], None], layers_skipping: int) -> None:
         """Call back after each seal, in the stream's order; so many of the layers skip attention."""
         self._after_seal, self._layers_skipping = after_seal, layers_skipping
 
@@ -141,7 +144,7 @@ class FilteredSteps:
         """Chunks that the rows of the adjusted step took over sealed, int32 [num_reqs]; NO_SEALS for dummies."""
         return self._buffers.shared_chunks[:num_reqs]
 
-    def adjust(self, step: Step, capturing: bool = False) -> Adjusted:
+    def adjust(self, step: RunnerStep, capturing: bool = False) -> Adjusted:
         """Seal what the step before made due, and say what this one's attention is to read.
 
         `step.slot_mapping` is rewritten in place: the forward holds the same tensor.
@@ -153,10 +156,10 @@ class FilteredSteps:
         if self._cache is None:
             # In the first dummy run, so that no request waits for it.
             self._cache = self._open_cache()
-            gpu.warm_up(self._cache, self.layout, self._rule, self._gather_heads)
+            seal.warm_up(self._cache, self.layout, self._rule, self._gather_heads)
         self._seal_due(self._cache)
         num_reqs, buffers = step.num_reqs, self._buffers
-        gpu.adjust_step(
+        adjust_step(
             step.query_start_loc,
             step.seq_lens[:num_reqs],
             step.block_table_tensor[:num_reqs],
@@ -178,7 +181,7 @@ class FilteredSteps:
                 np.where(real, num_computed, 0), np.where(real, seq_lens, 0), self._block_size, self.layout
             )
             if plan is not None:
-                self._due = gpu.DueSeals.snapshot(plan, table, buffers.shared_chunks[:num_reqs])
+                self._due = DueSealsOnDevice.snapshot(plan, table, buffers.shared_chunks[:num_reqs])
             max_seq_len = int((seq_lens - removed).max())
         stored = torch.from_numpy((seq_lens - removed).astype(np.int32))
         return Adjusted(buffers.stored_lens[:num_reqs], stored, max_seq_len, table)
@@ -202,7 +205,7 @@ class FilteredSteps:
         self.counters.count_reads(dense, filtered, num_layers, self._layers_skipping)
         self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
 
-    def _seal_due(self, cache: gpu.GpuCache) -> None:
+    def _seal_due(self, cache: GpuCache) -> None:
         due, self._due = self._due, None
         if due is None:
             return
@@ -214,6 +217,6 @@ class FilteredSteps:
         chunks = due.plan.num_chunks
         self.counters.count_sealed(chunks * self.layout.chunk_size, chunks * self.layout.removed_per_chunk)
 
-    def seal(self, due: gpu.DueSeals, cache: gpu.GpuCache) -> Tensor:
-        """Seal; see `kernels/gpu.seal_chunks`."""
-        return gpu.seal_chunks(cache, due, self.layout, self._rule, self._gather_heads)
+    def seal(self, due: DueSealsOnDevice, cache: GpuCache) -> Tensor:
+        """Seal; see `kernels.gpu.seal.seal_chunks`."""
+        return seal.seal_chunks(cache, due, self.layout, self._rule, self._gather_heads)

@@ -1,160 +1,39 @@
-"""The Python side of the GPU kernels of attention skipping: what they keep, are told and how they are launched.
+"""Attention skipping on the GPU: decide, layer by layer inside a step's forward, whose attention is skipped.
 
-Nothing here waits for the device, and nothing depends on data: a layer's launches follow from the batch's shape, so a
-CUDA graph can hold them. Everything a graph reads or writes is made once (`SkipBuffers`, `KeptOnDevice`) and stays
-where it is. Triton is imported on first use.
+In each layer that skips, when the step's keys and values are in the cache: `decide`, then vLLM's own kernel over the
+lengths it wrote, then `substitutes.put_substitute`. Nothing here waits for the device. All grids follow from the
+batch's shape alone, and what differs by data differs inside a program, so that a CUDA graph can hold a whole layer.
 
-Source: docs/skipping.md (the decision, the substitutes).
+A token that goes nowhere (padding, a dummy run's) has a negative slot and is left alone by every kernel. Ranks and
+debts are integers, as on CPU: only the scores are floating point.
+
+Names: D head size, M terms of an anchor, TILE tokens at a time, BLOCK_R a power of two of at least the rows' number.
+
+Source: docs/skipping.md (the decision); kernels/cpu/skip.c is the readable form.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor
+import triton
+import triton.language as tl
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
-from vllm_tokenfilter.kernels.gpu.seal import NO_SEALS, DueSeals, GpuCache
-from vllm_tokenfilter.kernels.plan import DuePlan
+from vllm_tokenfilter.kernels.gpu.cache import bits_pointer, load_tile, physical_slots, token_offsets, widen
+from vllm_tokenfilter.kernels.gpu.carry import CarriedOnDevice, follow_seals
+from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
+from vllm_tokenfilter.kernels.gpu.rows import SkipBuffers, SkipRowsOnDevice, row_of
+from vllm_tokenfilter.kernels.gpu.similarity import cosine, fuse
 from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 from vllm_tokenfilter.layout import Layout
 
-_OUTPUT_TILE = 128
-
-
-@dataclass(frozen=True)
-class SkipBuffers:
-    """What a step's layers hand on to each other, where CUDA graphs expect it; made once per KV-cache group.
-
-    Layers run one after the other on one stream, so one buffer serves all layers of a group.
-
-    Attributes:
-        rows: int32 [3, max_num_reqs], slot of a row's first new token, its first raw slot, position of that token.
-        read_lens: int32 [max_num_reqs], slots that vLLM's kernel attends to in the running layer.
-        totals: int64 [max_num_reqs, 3], attentions decided, skipped, and cache entries read by rows of one new token:
-            a row's own, so that nothing is added to by two programs at once.
-        similarities: float32 [num_kv_heads, 2, max_num_tokens].
-        below: int32 [max_num_tokens], how many of the recent scores are below a token's.
-        skipped: int32 [max_num_tokens], whose attention the running layer skips; whatever for tokens that go nowhere.
-    """
-
-    rows: Tensor
-    read_lens: Tensor
-    totals: Tensor
-    similarities: Tensor
-    below: Tensor
-    skipped: Tensor
-
-    @classmethod
-    def make(cls, max_num_reqs: int, max_num_tokens: int, num_kv_heads: int, device: torch.device) -> "SkipBuffers":
-        """Buffers for steps of at most so many rows and tokens, padding included."""
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        return cls(
-            zeros(3, max_num_reqs),
-            zeros(max_num_reqs),
-            zeros(max_num_reqs, 3, dtype=torch.int64),
-            zeros(num_kv_heads, 2, max_num_tokens, dtype=torch.float32),
-            zeros(max_num_tokens),
-            zeros(max_num_tokens),
-        )
-
-
-@dataclass(frozen=True)
-class KeptOnDevice:
-    """The cache of the layers that skip, and what is kept of its tokens for their successors.
-
-    Attributes:
-        cache: the layers' cache; its `saved_redundancy` holds the tokens' scores.
-        debts: int32 [num_layers, num_blocks * block_size], by physical slot, in 1 / SKIP_UNITS of a token.
-        means: float32 [num_layers, num_blocks, num_heads * head_size], by the block of a request's newest token;
-            None but for the substitute "running_output".
-        weights: float32 [num_layers, num_blocks, tiles of a mean].
-    """
-
-    cache: GpuCache
-    debts: Tensor
-    means: Tensor | None
-    weights: Tensor | None
-
-    @classmethod
-    def over(cls, cache: GpuCache, mean_width: int) -> "KeptOnDevice":
-        """Keep nothing yet; `mean_width` is num_heads * head_size where means are kept, else 0."""
-        scores = cache.saved_redundancy
-        debts = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-        if not mean_width:
-            return cls(cache, debts, None, None)
-        pool = (scores.shape[0], scores.shape[1] // cache.block_size)
-        means = torch.zeros(*pool, mean_width, dtype=torch.float32, device=scores.device)
-        weights = torch.zeros(*pool, -(-mean_width // _OUTPUT_TILE), dtype=torch.float32, device=scores.device)
-        return cls(cache, debts, means, weights)
-
-
-def bytes_of_means(cache: GpuCache, mean_width: int) -> int:
-    """What `KeptOnDevice.over` allocates for means of outputs."""
-    num_layers, num_slots = cache.saved_redundancy.shape
-    return 4 * num_layers * (num_slots // cache.block_size) * (mean_width + -(-mean_width // _OUTPUT_TILE))
-
-
-@dataclass(frozen=True)
-class SkipRowsOnDevice:
-    """A step as the forward reads it; tensors on the device, in buffers that stay where they are.
-
-    Attributes:
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], slots a row attends to if it is not skipped.
-        block_table: int32 [num_reqs, max_blocks], without marks.
-        slot_mapping: int64 [>= num_tokens]; negative for a token that goes nowhere.
-        num_reqs: rows, padding included.
-        num_tokens: tokens, padding included.
-        decoding: whether no row has more than one token; only how fast it runs depends on it.
-    """
-
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    block_table: Tensor
-    slot_mapping: Tensor
-    num_reqs: int
-    num_tokens: int
-    decoding: bool
-
-
-def describe_rows(
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    shared_chunks: Tensor | None,
-    buffers: SkipBuffers,
-    layout: Layout | None,
-) -> None:
-    """Fill `buffers.rows` for a step, once for all its layers; one launch.
-
-    Args:
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], tokens once the step is done.
-        shared_chunks: int32 [num_reqs], chunks taken over sealed, or NO_SEALS; None where nothing is filtered.
-        buffers: see `SkipBuffers`.
-        layout: where the layers' tokens lie; None if they keep every token.
-    """
-    from vllm_tokenfilter.kernels.gpu import triton_skip
-
-    assert seq_lens.shape[0] <= buffers.rows.shape[1], "more rows than the buffers were made for"
-    triton_skip.describe_rows[(seq_lens.shape[0],)](
-        query_start_loc,
-        seq_lens,
-        seq_lens if shared_chunks is None else shared_chunks,
-        buffers.rows,
-        buffers.rows.stride(0),
-        C=1 if layout is None else layout.chunk_size,
-        K=1 if layout is None else layout.kept_per_chunk,
-        W=0 if layout is None else layout.recent_window,
-        FILTERED=layout is not None,
-    )
+#: What a row of `totals` holds: attentions decided and skipped, cache entries read.
+DECIDED, SKIPPED, READ = (tl.constexpr(index) for index in range(3))
 
 
 def decide(
-    kept: KeptOnDevice,
+    carried: CarriedOnDevice,
     rule: SkipRule,
     step: SkipRowsOnDevice,
     buffers: SkipBuffers,
@@ -167,66 +46,47 @@ def decide(
     Fills `buffers.skipped` and `buffers.read_lens`, adds to `buffers.totals`.
 
     Args:
-        kept: the cache, and what is kept of its tokens, updated.
+        carried: the cache, and what is carried for its tokens, updated.
         rule: how to decide.
         step: the step.
-        buffers: described by `describe_rows`.
+        buffers: described by `rows.describe_rows`.
         layer: index into the cache's layers.
         ratio_units: the layer's ratio in 1 / SKIP_UNITS.
         substitute: what stands for a skipped attention.
     """
-    import triton
-
-    from vllm_tokenfilter.kernels.gpu import triton_skip
-
-    cache, capacity = kept.cache, buffers.skipped.shape[0]
+    cache, capacity = carried.cache, buffers.skipped.shape[0]
     assert step.num_tokens <= capacity, "more tokens than the buffers were made for"
-    triton_skip.compare_tokens[(step.num_tokens, cache.num_kv_heads)](
-        cache.layer_addresses,
-        layer,
-        step.query_start_loc,
-        step.num_reqs,
-        buffers.rows,
-        buffers.rows.stride(0),
-        step.slot_mapping,
-        step.block_table,
-        step.block_table.stride(0),
-        cache.block_stride,
-        cache.head_stride,
-        cache.token_stride,
-        buffers.similarities,
-        float(np.log2(rule.decay)),
+    compare_tokens_kernel[(step.num_tokens, cache.num_kv_heads)](
+        **cache.arguments,
+        **step.arguments,
+        **buffers.arguments,
+        layer=layer,
+        num_reqs=step.num_reqs,
+        head_scores=buffers.head_scores,
+        decay_log2=math.log2(rule.decay),
         M=rule.terms,
-        D=cache.head_size,
-        BLOCK_SIZE=cache.block_size,
-        BLOCK_D=triton.next_power_of_2(cache.head_size),
-        BLOCK_R=triton.next_power_of_2(buffers.rows.shape[1]),
+        BLOCK_R=buffers.padded_rows,
         TILE=32,
         CAPACITY=capacity,
-        ENCODING=cache.encoding,
         num_warps=4,
     )
-    triton_skip.decide_rows[(step.num_reqs,)](
-        buffers.similarities,
-        cache.num_kv_heads,
-        step.query_start_loc,
-        buffers.rows,
-        buffers.rows.stride(0),
-        step.slot_mapping,
-        step.block_table,
-        step.block_table.stride(0),
-        cache.saved_redundancy,
-        kept.debts,
-        kept.debts.stride(0),
-        layer,
-        ratio_units,
-        rule.warmup,
-        rule.skipped_reads(substitute),
-        step.seq_lens,
-        buffers.read_lens,
-        buffers.below,
-        buffers.skipped,
-        buffers.totals,
+    decide_rows_kernel[(step.num_reqs,)](
+        **step.arguments,
+        **buffers.arguments,
+        head_scores=buffers.head_scores,
+        num_heads=cache.num_kv_heads,
+        scores=cache.saved_redundancy,
+        debts=carried.debts,
+        carried_stride=carried.debts.stride(0),
+        layer=layer,
+        ratio=ratio_units,
+        warmup_tokens=rule.warmup,
+        skipped_reads=rule.skipped_reads(substitute),
+        stored_lens=step.stored_lens,
+        read_lens=buffers.read_lens,
+        below=buffers.below,
+        skipped=buffers.skipped,
+        totals=buffers.totals,
         HISTORY=rule.history,
         UNITS=SKIP_UNITS,
         PATIENCE=PATIENCE,
@@ -239,133 +99,8 @@ def decide(
     )
 
 
-def put_substitute(
-    kept: KeptOnDevice,
-    rule: SkipRule,
-    step: SkipRowsOnDevice,
-    buffers: SkipBuffers,
-    layer: int,
-    substitute: Substitute,
-    query: Tensor,
-    output: Tensor,
-    scale: float,
-    softcap: float,
-    key_scale: Tensor,
-    value_scale: Tensor,
-) -> None:
-    """Replace the outputs of skipped attentions in one layer. One launch.
-
-    Args:
-        kept: the cache and the means of outputs, updated.
-        rule: sinks, window and decay.
-        step: the step.
-        buffers: filled by `decide` for this layer.
-        layer: index into the cache's layers.
-        substitute: what stands for a skipped attention.
-        query: [>= num_tokens, num_heads, head_size], contiguous but for the first dimension.
-        output: like query, or flat; changed in place.
-        scale: of the scores.
-        softcap: of the scores; 0 for none.
-        key_scale: float32, one element, of an fp8 cache's keys.
-        value_scale: the same of its values.
-    """
-    import triton
-
-    from vllm_tokenfilter.kernels.gpu import triton_skip
-
-    cache = kept.cache
-    width = output.shape[-1] * (output.shape[1] if output.dim() == 3 else 1)
-    assert output.stride(-1) == 1 and (output.dim() == 2 or output.stride(1) == output.shape[2])
-    if substitute == "none":
-        triton_skip.put_zero[(step.num_tokens,)](
-            step.slot_mapping, buffers.skipped, output, output.stride(0), WIDTH=width, TILE=1024
-        )
-    elif substitute == "window":
-        assert query.dim() == 3 and query.stride(2) == 1 and query.stride(1) == query.shape[2] == cache.head_size
-        group = query.shape[1] // cache.num_kv_heads
-        triton_skip.attend_window[(step.num_tokens, cache.num_kv_heads)](
-            query,
-            query.stride(0),
-            output,
-            output.stride(0),
-            cache.layer_addresses,
-            layer,
-            step.query_start_loc,
-            step.num_reqs,
-            buffers.rows,
-            step.slot_mapping,
-            buffers.skipped,
-            step.block_table,
-            step.block_table.stride(0),
-            cache.block_stride,
-            cache.head_stride,
-            cache.token_stride,
-            key_scale,
-            value_scale,
-            scale,
-            float(softcap),
-            SINKS=rule.sinks,
-            WINDOW=rule.window,
-            GROUP=group,
-            D=cache.head_size,
-            BLOCK_SIZE=cache.block_size,
-            BLOCK_D=triton.next_power_of_2(cache.head_size),
-            BLOCK_G=max(16, triton.next_power_of_2(group)),
-            BLOCK_R=triton.next_power_of_2(buffers.rows.shape[1]),
-            TILE=32,
-            ENCODING=cache.encoding,
-            num_warps=4,
-        )
-    else:
-        assert kept.means is not None and kept.weights is not None and kept.means.shape[2] == width
-        triton_skip.average_outputs[(step.num_reqs, kept.weights.shape[2])](
-            step.query_start_loc,
-            buffers.rows,
-            buffers.rows.stride(0),
-            step.slot_mapping,
-            buffers.skipped,
-            step.block_table,
-            step.block_table.stride(0),
-            kept.means,
-            kept.weights,
-            kept.means.shape[1],
-            layer,
-            output,
-            output.stride(0),
-            rule.decay,
-            WIDTH=width,
-            BLOCK_SIZE=cache.block_size,
-            TILE=_OUTPUT_TILE,
-            num_warps=1,
-        )
-
-
-def follow_seals(kept: KeptOnDevice, due: DueSeals, layout: Layout) -> None:
-    """Let what is kept of tokens follow them to where a seal moved them; one or two launches."""
-    from vllm_tokenfilter.kernels.gpu import triton_skip
-
-    num_rows = len(due.plan.rows)
-    _, num_tokens, first, last, _begins = due.integers[: 5 * num_rows].view(5, num_rows)
-    num_layers = kept.debts.shape[0]
-    moved = (due.tables, due.tables.stride(0), num_tokens, first, last, due.shared_chunks)
-    sizes = {"C": layout.chunk_size, "K": layout.kept_per_chunk, "BLOCK_SIZE": kept.cache.block_size}
-    triton_skip.carry_kept[(num_rows, num_layers)](
-        *moved, kept.cache.saved_redundancy, kept.debts, kept.debts.stride(0), TILE=128, **sizes
-    )
-    if kept.means is not None and kept.weights is not None:
-        triton_skip.carry_means[(num_rows, num_layers, kept.weights.shape[2])](
-            *moved,
-            kept.means,
-            kept.weights,
-            kept.means.shape[1],
-            WIDTH=kept.means.shape[2],
-            TILE=_OUTPUT_TILE,
-            **sizes,
-        )
-
-
 def warm_up(
-    kept: KeptOnDevice,
+    carried: CarriedOnDevice,
     rule: SkipRule,
     step: SkipRowsOnDevice,
     buffers: SkipBuffers,
@@ -375,12 +110,146 @@ def warm_up(
     """Launch what no dummy step of a decode batch launches, so that no request waits for Triton's compiler.
 
     A decision for a prefill step of tokens that go nowhere, and a seal that finds nothing of its own to do; arguments
-    as in `decide` and `describe_rows`.
+    as in `decide` and `rows.describe_rows`.
     """
     nowhere = torch.full_like(step.slot_mapping, -1)
-    decide(kept, rule, replace(step, slot_mapping=nowhere, decoding=False), buffers, 0, 0, substitute)
+    decide(carried, rule, replace(step, slot_mapping=nowhere, decoding=False), buffers, 0, 0, substitute)
     if layout is not None:
-        chunk = np.zeros(1, np.int64)
-        plan = DuePlan(chunk, chunk + layout.first_seal, chunk, chunk + 1, 1)
-        none_own = torch.full((1,), NO_SEALS, dtype=torch.int32, device=nowhere.device)
-        follow_seals(kept, DueSeals.snapshot(plan, torch.zeros_like(none_own)[None], none_own), layout)
+        follow_seals(carried, DueSealsOnDevice.nothing(layout, nowhere.device), layout)
+
+
+@triton.jit(do_not_specialize=["layer", "num_reqs"])
+def compare_tokens_kernel(
+    layer_addresses,  # int64 [num_layers]
+    layer,
+    query_start_loc,  # int32 [num_reqs + 1]
+    num_reqs,
+    rows,  # int32 [3, rows_stride]
+    rows_stride,
+    slot_mapping,  # int64 [num_tokens]
+    block_tables,  # int32 [num_reqs, block_tables_stride]
+    block_tables_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    head_scores,  # float32 [num_heads, 2, CAPACITY], out
+    decay_log2,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ENCODING: tl.constexpr,
+):
+    """Grid (num_tokens, num_heads): cosine of a token's key, and of its value, to the anchor of the raw ones before."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    if tl.load(slot_mapping + token) < 0:
+        return
+    row = row_of(token, query_start_loc, num_reqs, BLOCK_R)
+    slot = tl.load(rows + row) + token - tl.load(query_start_loc + row)
+    before = tl.minimum(slot - tl.load(rows + rows_stride + row), M)
+    block_table = block_tables + row.to(tl.int64) * block_tables_stride
+    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING)
+    lanes, dims = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
+    key_anchor = tl.zeros([BLOCK_D], tl.float32)
+    value_anchor = tl.zeros([BLOCK_D], tl.float32)
+    for nearer in range(0, before, TILE):
+        distance = nearer + lanes + 1
+        there = distance <= before
+        weight = tl.where(there, tl.exp2((distance - 1).to(tl.float32) * decay_log2), 0.0)
+        earlier = tl.where(there, slot - distance, 0)
+        places = token_offsets(earlier, there, block_table, head, block_stride, head_stride, token_stride, BLOCK_SIZE)
+        key_anchor += tl.sum(weight[:, None] * load_tile(base, places, there, dims, D, ENCODING), 0)
+        value_anchor += tl.sum(weight[:, None] * load_tile(base + D, places, there, dims, D, ENCODING), 0)
+    place = token_offsets(slot, slot >= 0, block_table, head, block_stride, head_stride, token_stride, BLOCK_SIZE)
+    key = widen(tl.load(base + place + dims, mask=dims < D, other=0), ENCODING)
+    value = widen(tl.load(base + D + place + dims, mask=dims < D, other=0), ENCODING)
+    tl.store(head_scores + head * 2 * CAPACITY + token, cosine(key, key_anchor, 0))
+    tl.store(head_scores + head * 2 * CAPACITY + CAPACITY + token, cosine(value, value_anchor, 0))
+
+
+@triton.jit(do_not_specialize=["layer", "ratio"])
+def decide_rows_kernel(
+    head_scores,  # float32 [num_heads, 2, CAPACITY]
+    num_heads,
+    query_start_loc,  # int32 [num_reqs + 1]
+    rows,  # int32 [3, rows_stride]
+    rows_stride,
+    slot_mapping,  # int64 [num_tokens]
+    block_tables,  # int32 [num_reqs, block_tables_stride]
+    block_tables_stride,
+    scores,  # float32 [num_layers, carried_stride], by physical slot, updated
+    debts,  # int32 [num_layers, carried_stride], likewise, in 1 / UNITS of a token
+    carried_stride,
+    layer,
+    ratio,  # in 1 / UNITS
+    warmup_tokens,
+    skipped_reads,  # cache entries that a skipped row reads at most
+    stored_lens,  # int32 [num_reqs], slots that a row attends to if it is not skipped
+    read_lens,  # int32 [num_reqs], out: what vLLM's kernel attends to
+    below,  # int32 [CAPACITY], scratch
+    skipped,  # int32 [CAPACITY], out: 1 where a token's attention is skipped
+    totals,  # int64 [num_reqs, 3], added to
+    HISTORY: tl.constexpr,
+    UNITS: tl.constexpr,
+    PATIENCE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    FUSION: tl.constexpr,
+):
+    """Grid (num_reqs,): decide for a row's tokens in their order; right for every TILE, which only makes it quick."""
+    row = tl.program_id(0)
+    start = tl.load(query_start_loc + row)
+    count = tl.load(query_start_loc + row + 1) - start
+    stored_len = tl.load(stored_lens + row)
+    tl.store(read_lens + row, stored_len)
+    if count <= 0:
+        return
+    if tl.load(slot_mapping + start) < 0:
+        return
+    first, raw = tl.load(rows + row), tl.load(rows + rows_stride + row)
+    position = tl.load(rows + 2 * rows_stride + row)
+    block_table = block_tables + row.to(tl.int64) * block_tables_stride
+    scores += layer.to(tl.int64) * carried_stride
+    debts += layer.to(tl.int64) * carried_stride
+    lanes, back = tl.arange(0, TILE), 1 + tl.arange(0, BLOCK_N)
+    has_past = first > raw
+    last_slot = tl.maximum(first - 1, 0)
+    debt = tl.load(debts + physical_slots(last_slot, has_past, block_table, BLOCK_SIZE), mask=has_past, other=0)
+    num_skipped = count * 0
+    for begin in range(0, count, TILE):
+        offsets = begin + lanes
+        inside = offsets < count
+        own = fuse(head_scores, start + offsets, inside, num_heads, CAPACITY, FUSION)
+        tl.store(scores + tl.load(slot_mapping + start + offsets, mask=inside, other=0), own, mask=inside)
+        # The tile's tokens look at each other's scores too.
+        tl.debug_barrier()
+        seen = tl.minimum(first - raw + offsets, HISTORY)
+        there = inside[:, None] & (back[None, :] <= seen[:, None])
+        slots = tl.where(there, first + offsets[:, None] - back[None, :], 0)
+        earlier = tl.load(scores + physical_slots(slots, there, block_table, BLOCK_SIZE), mask=there, other=0.0)
+        ahead = there & (earlier < own[:, None])
+        tl.store(below + start + offsets, tl.sum(ahead.to(tl.int32), 1), mask=inside)
+        tl.debug_barrier()
+        for offset in range(begin, tl.minimum(begin + TILE, count)):
+            rank = tl.load(below + start + offset)
+            of = tl.minimum(first - raw + offset, HISTORY)
+            level = ratio * PATIENCE + debt
+            warm = position + offset >= warmup_tokens
+            above = rank * (UNITS * PATIENCE) >= of * (UNITS * PATIENCE - level)
+            skip = (warm & (of > 0) & (level > 0) & above).to(tl.int32)
+            debt = tl.where(warm, debt + ratio - skip * UNITS, 0)
+            num_skipped += skip
+            tl.store(skipped + start + offset, skip)
+            tl.store(debts + tl.load(slot_mapping + start + offset), debt)
+    cold = tl.minimum(tl.maximum(warmup_tokens - position, 0), count)
+    tl.store(totals + row * 3 + DECIDED, tl.load(totals + row * 3 + DECIDED) + count - cold)
+    tl.store(totals + row * 3 + SKIPPED, tl.load(totals + row * 3 + SKIPPED) + num_skipped)
+    if count == 1:
+        reads = tl.where(num_skipped > 0, tl.minimum(stored_len, skipped_reads), stored_len)
+        tl.store(totals + row * 3 + READ, tl.load(totals + row * 3 + READ) + reads)
+        tl.store(read_lens + row, tl.where(num_skipped > 0, 1, stored_len))
