@@ -41,14 +41,22 @@ def load_kernel() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        UnsupportedError: there is no C compiler, or it refuses the source.
+        UnsupportedError: there is no C compiler, it refuses the source, or the cache folder cannot be used.
     """
     import torch  # noqa: F401  (brings the OpenMP library whose symbols the kernel needs)
 
     library = cache_folder() / "kernels" / f"kernels-{_fingerprint()}.so"
-    if not library.exists():
-        _compile(library)
-    return ctypes.CDLL(str(library))
+    try:
+        if not _is_whole(library):
+            _compile(library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise UnsupportedError(
+            [
+                f"the CPU kernels are compiled into {library.parent}, which cannot be used ({error}); "
+                "set XDG_CACHE_HOME to a folder that can be written."
+            ]
+        ) from error
 
 
 def _compiler() -> str:
@@ -68,6 +76,15 @@ def _fingerprint() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether the file ends with the digest of the rest: to load one that was cut short may end the process."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
 def _compile(library: Path) -> None:
     compiler = _compiler()
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -85,5 +102,7 @@ def _compile(library: Path) -> None:
                 raise UnsupportedError(
                     [f"CC={compiler} cannot build the CPU kernel ({done.stderr.strip()[-300:]}); set CC anew."]
                 )
+        with compiled.open("ab") as file:
+            file.write(hashlib.sha256(compiled.read_bytes()).digest())
         # Several workers may build at once; each replaces the whole file.
         compiled.replace(library)
