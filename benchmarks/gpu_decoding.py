@@ -157,7 +157,7 @@ KERNELS: tuple[type[Kernel], ...] = (TritonAttention, FlashAttention)
 
 @dataclass(frozen=True)
 class Step:
-    """A step as `gpu_step.Step` describes it."""
+    """A step as `steps.RunnerStep` describes it."""
 
     query_start_loc: Tensor
     query_start_loc_cpu: Tensor

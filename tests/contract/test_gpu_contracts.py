@@ -16,8 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm_tokenfilter.config import FilterConfig  # noqa: E402
 from vllm_tokenfilter.integration import dispatch, refusals, registration  # noqa: E402
 from vllm_tokenfilter.integration.gpu import backend as gpu_backend  # noqa: E402
-from vllm_tokenfilter.integration.gpu import skipping as gpu_skipping  # noqa: E402
-from vllm_tokenfilter.integration.gpu import steps as gpu_step  # noqa: E402
+from vllm_tokenfilter.integration.gpu import skipping, steps  # noqa: E402
 
 ROOT = Path(vllm.__file__).parent
 # flashinfer is not installed beside CPU torch, so its module is read and not imported.
@@ -50,7 +49,7 @@ def test_the_inner_backends_are_built_and_called_as_we_wrap_them(name):
     found = classes(name)
     stem = FILES[name][1]
     builder = found[f"{stem}MetadataBuilder"]
-    hint = "integration/gpu_backend.py (FilteringBuilder) wraps this signature"
+    hint = "integration/gpu/backend.py (FilteringBuilder) wraps this signature"
     assert arguments(method(builder, "__init__"))[:5] == [
         "self", "kv_cache_spec", "layer_names", "vllm_config", "device",
     ], hint  # fmt: skip
@@ -81,15 +80,15 @@ def test_a_wrapped_backend_answers_for_the_one_inside_and_is_found_by_its_path(n
 
 def test_the_base_builder_has_the_hooks_we_override():
     for name in ("build", "build_for_cudagraph_capture", "supports_update_block_table"):
-        assert hasattr(AttentionMetadataBuilder, name), f"integration/gpu_backend.py overrides {name}"
+        assert hasattr(AttentionMetadataBuilder, name), f"integration/gpu/backend.py overrides {name}"
     assert "self.build(" in inspect.getsource(AttentionMetadataBuilder.build_for_cudagraph_capture)
 
 
 def test_a_step_says_what_we_read_and_takes_what_we_replace():
     names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
-    read = set(gpu_step.Step.__annotations__)
-    given = {field.name for field in dataclasses.fields(gpu_step.Adjusted)} | {"_num_computed_tokens_cache"}
-    assert read | given <= names, "integration/gpu_step.py reads and replaces fields of CommonAttentionMetadata"
+    read = set(steps.RunnerStep.__annotations__)
+    given = {field.name for field in dataclasses.fields(steps.Adjusted)} | {"_num_computed_tokens_cache"}
+    assert read | given <= names, "integration/gpu/steps.py reads and replaces fields of CommonAttentionMetadata"
 
 
 @pytest.mark.parametrize(
@@ -99,15 +98,15 @@ def test_a_step_says_what_we_read_and_takes_what_we_replace():
 )
 def test_both_runners_pass_host_lengths_and_whether_a_row_prefills(parts):
     text = source(*parts)
-    assert "seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound" in text, "integration/gpu_step.py plans with it"
-    assert "is_prefilling=" in text, "integration/gpu_step.py tells dummy runs by it"
+    assert "seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound" in text, "integration/gpu/steps.py plans with it"
+    assert "is_prefilling=" in text, "integration/gpu/steps.py tells dummy runs by it"
 
 
 def test_the_upper_bound_of_lengths_is_exact_without_speculation():
     text = source("v1", "attention", "backend.py")
     text = " ".join(text[text.index("    seq_lens_cpu_upper_bound: torch.Tensor") :][:500].split())
     assert "Precise for prefill rows and for all rows outside async spec decode" in text, (
-        "integration/gpu_step.py takes the bound for the length; refusals.py refuses speculative decoding"
+        "integration/gpu/steps.py takes the bound for the length; refusals.py refuses speculative decoding"
     )
 
 
@@ -212,7 +211,7 @@ def test_an_implementation_that_may_skip_keeps_queries_and_outputs_in_the_models
     names = [owner.__name__ for owner in impl.__mro__[:4]]
     assert names == ["ImplOverTRITON_ATTN", "SkippingImpl", "PlanningImpl", "TritonAttentionImpl"]
     assert impl.skipping is None
-    assert impl.forward is gpu_skipping.SkippingImpl.forward
+    assert impl.forward is skipping.SkippingImpl.forward
     theirs = AttentionBackendEnum.TRITON_ATTN.get_class().get_impl_cls()
     assert "fused_output_quant_supported" in vars(theirs), "integration/gpu/skipping.py overrides it"
     assert "self.supports_quant_query_input = " in inspect.getsource(theirs.__init__)
@@ -278,5 +277,5 @@ def test_a_tensor_parallel_group_gathers_over_a_dimension():
     from vllm.distributed.parallel_state import GroupCoordinator
 
     assert list(inspect.signature(GroupCoordinator.all_gather).parameters)[:3] == ["self", "input_", "dim"], (
-        "integration/gpu_backend.py joins the ranks' scores over the heads"
+        "integration/gpu/backend.py joins the ranks' scores over the heads"
     )
