@@ -26,6 +26,7 @@ from gpu_decoding import (
     copy_bandwidth,
     graph_of,
     interpret_triton,
+    seal_bytes_floor,
 )
 from rich.console import Console
 from rich.table import Table
@@ -96,8 +97,6 @@ class Bench:
 
     def _seals(self, cell: dict[str, Any], requests: Requests, computed: int, new: int, rows: int) -> float:
         """Time the seals of a step of `new` tokens for each of `rows` requests; the median, in seconds."""
-        from vllm_tokenfilter.kernels.gpu.seal import seal_bytes_floor  # Triton knows by now whether it interprets
-
         steps, cache = requests.steps(self.config)
         due = requests.due(self.config, computed, new, rows)
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.kernels.plan import DuePlan, plan_seals
+from vllm_tokenfilter.layout import Layout
 
 if TYPE_CHECKING:  # imported where they are used, once Triton knows whether it interprets
     from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
@@ -250,6 +251,23 @@ class Requests:
         assert plan is not None, f"nothing is due between {computed} and {computed + new} tokens"
         shared = torch.zeros(rows, dtype=torch.int32, device=self._device)
         return DueSealsOnDevice.snapshot(plan, self.table[:rows], shared)
+
+
+def seal_bytes_floor(cache: "GpuCache", plan: DuePlan, layout: Layout) -> int:
+    """Bytes a seal of this plan must move at least, by a selector that reads keys and values.
+
+    Each scored chunk and the predecessors of the first are read once; each token that changes its slot is read once
+    and written once. Scores, block tables and lengths are small beside it and not counted.
+    """
+    per_token = len(cache.layer_addresses) * cache.num_kv_heads * 2 * cache.head_size * cache.element_size
+    tokens = 0
+    for num_tokens, first, last in zip(plan.num_tokens, plan.first_chunk, plan.last_chunk, strict=True):
+        scored = last - first + (first == 0)
+        tokens += scored * layout.chunk_size + (layout.anchor_terms if first else 0)
+        # The kept tokens of chunk 0 mostly stay where they are; from the next on, all move.
+        moved = (last - first) * layout.kept_per_chunk + num_tokens - last * layout.chunk_size
+        tokens += 2 * (moved - (layout.kept_per_chunk if first == 0 else 0))
+    return int(tokens) * per_token
 
 
 class DeviceTimer:

@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.layout import Layout
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -114,3 +120,12 @@ def test_the_device_is_timed_by_events_behind_a_busy_wait_and_graphs_are_replaye
     done.clear()
     assert decoding.DeviceTimer().seconds(replay) == 0.25
     assert done == ["busy", "record", "replay", "record", "synchronize"]
+
+
+def test_the_byte_floor_counts_one_chunk_read_and_the_moves_of_a_decode_seal(decoding):
+    layout = Layout(64, 32, 64, 4, 64)
+    cache = GpuCache.over([torch.empty(8, 3, 16, 128, dtype=torch.bfloat16)] * 2, [0, 1], torch.bfloat16)
+    plan = plan_seals(np.array([255]), np.array([256]), 16, layout)
+    token = 2 * 3 * 2 * 64 * 2  # layers, heads, K and V, elements, bytes
+    # Chunk 3 and its 64 predecessors are read; 32 kept tokens and 64 raw ones are read and written.
+    assert decoding.seal_bytes_floor(cache, plan, layout) == (64 + 64 + 2 * (32 + 64)) * token

@@ -11,16 +11,8 @@ from vllm_tokenfilter.config import FilterConfig, Substitute
 
 VARIANCE_AWARE, MEAN, KEY, VALUE = range(4)
 FUSION_CODES = {"variance_aware": VARIANCE_AWARE, "mean": MEAN, "key": KEY, "value": VALUE}
-ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM, LAGKV, RECENCY = range(7)
-SELECTOR_CODES = {
-    "anchor": ANCHOR,
-    "random": RANDOM,
-    "keydiff": KEYDIFF,
-    "key_norm": KEY_NORM,
-    "value_key_norm": VALUE_KEY_NORM,
-    "lagkv": LAGKV,
-    "recency": RECENCY,
-}
+_SELECTORS = ("anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency")
+SELECTOR_CODES = {name: code for code, name in enumerate(_SELECTORS)}
 # Scores of a baseline stand in place of the similarity of keys, or of keys and values; how they become one number.
 _BASELINE_FUSION = {"random": KEY, "keydiff": KEY, "key_norm": KEY, "value_key_norm": KEY, "lagkv": MEAN}
 

@@ -206,7 +206,8 @@ def test_a_seal_takes_what_is_carried_for_tokens_along(launches, memory):
     plan = SimpleNamespace(rows=[0])
     tables = torch.empty(1, 4, dtype=torch.int32, device=META)
     shared = torch.empty(1, dtype=torch.int32, device=META)
-    due = DueSealsOnDevice(plan, tables, shared, torch.empty(5 + 4, dtype=torch.int32, device=META))
+    of_rows, of_tasks = torch.empty(5, 1, device=META), torch.empty(2, 2, device=META)
+    due = DueSealsOnDevice(plan, tables, shared, of_rows, of_tasks)
     group.follow(due)
     assert not launches, "nothing is carried before the first step"
     run_step(group, layers, 1, 1, 1, shared)

@@ -310,16 +310,6 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
     assert torch.equal(slots[int(starts[-1]) :], old[int(starts[-1]) :])
 
 
-def test_the_byte_floor_counts_one_chunk_read_and_the_moves_of_a_decode_seal():
-    layout = Layout(64, 32, 64, 4, 64)
-    layers = make_layers(torch.bfloat16, 2, 8, 3, 16, 64, True)
-    cache = GpuCache.over(layers, [0, 1], torch.bfloat16)
-    plan = plan_seals(np.array([255]), np.array([256]), 16, layout)
-    token = 2 * 3 * 2 * 64 * 2  # layers, heads, K and V, elements, bytes
-    # Chunk 3 and its 64 predecessors are read; 32 kept tokens and 64 raw ones are read and written.
-    assert gpu.seal_bytes_floor(cache, plan, layout) == (64 + 64 + 2 * (32 + 64)) * token
-
-
 def test_layers_that_lie_differently_are_refused():
     one = make_layers(torch.bfloat16, 1, 4, 2, 16, 64, True)
     other = make_layers(torch.bfloat16, 1, 4, 2, 16, 64, False)

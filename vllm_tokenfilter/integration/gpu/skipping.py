@@ -133,20 +133,8 @@ class SkippingGroup:
     ) -> None:
         """Replace the outputs of skipped attentions in one layer; see `put_substitute`."""
         assert self._carried is not None
-        put_substitute(
-            self._carried,
-            self._rule,
-            step.rows,
-            self._buffers,
-            place,
-            self._substitute,
-            query,
-            output,
-            scale,
-            softcap,
-            layer._k_scale,
-            layer._v_scale,
-        )
+        group = self._carried, self._rule, step.rows, self._buffers, place, self._substitute
+        put_substitute(*group, query, output, scale, softcap, layer._k_scale, layer._v_scale)
 
     def follow(self, due: DueSealsOnDevice) -> None:
         """Let what is carried for tokens follow a seal."""

@@ -62,19 +62,11 @@ class PagedCache:
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
         """The same for the kernels; valid as long as this object."""
+        places = self.layer_starts, self.key_tokens, self.key_dims, self.value_tokens, self.value_dims
         return CacheStruct(
             pointer(self.elements, self.elements.dtype),
             pointer(self.widen_table, np.float32),
-            *(
-                pointer(array, np.int64)
-                for array in (
-                    self.layer_starts,
-                    self.key_tokens,
-                    self.key_dims,
-                    self.value_tokens,
-                    self.value_dims,
-                )
-            ),
+            *(pointer(array, np.int64) for array in places),
             self.block_stride,
             self.head_stride,
             self.encoding,

@@ -76,20 +76,14 @@ def seal_chunks(
         int32 [num_layers, num_due_chunks, kept_per_chunk]: the offsets inside each chunk that stayed, ascending,
         ordered by row, then chunk; -1 where the selector is "recency", which chooses from the whole request.
     """
-    plan, num_rows, num_layers = due.plan, len(due.plan.rows), len(cache.layer_starts)
+    plan, num_layers = due.plan, len(cache.layer_starts)
     assert layout.anchor_terms <= layout.chunk_size <= layout.recent_window
     assert (plan.first_chunk < plan.last_chunk).all()
     ends = np.cumsum(plan.last_chunk - plan.first_chunk)
     chosen = np.empty((num_layers, int(ends[-1]), layout.kept_per_chunk), np.int32)
-    rows = _SealRows(
-        pointer(due.block_tables, np.int32),
-        due.block_tables.shape[1],
-        num_rows,
-        *(
-            pointer(array, np.int64)
-            for array in (plan.num_tokens, plan.first_chunk, plan.last_chunk, due.shared_chunks, ends)
-        ),
-    )
+    of_rows = plan.num_tokens, plan.first_chunk, plan.last_chunk, due.shared_chunks, ends
+    pointers = (pointer(array, np.int64) for array in of_rows)
+    rows = _SealRows(pointer(due.block_tables, np.int32), due.block_tables.shape[1], len(plan.rows), *pointers)
     arguments: tuple[Any, ...] = (
         ctypes.byref(cache.struct),
         ctypes.byref(_rule_struct(layout, rule)),
@@ -122,17 +116,9 @@ class _SealRule(ctypes.Structure):
 
 
 def _rule_struct(layout: Layout, rule: ScoreRule) -> _SealRule:
-    return _SealRule(
-        layout.chunk_size,
-        layout.kept_per_chunk,
-        layout.sink_tokens,
-        layout.anchor_terms,
-        SELECTOR_CODES[rule.selector],
-        rule.fusion_code,
-        rule.seed,
-        rule.decay,
-        rule.decay**layout.anchor_terms,
-    )
+    sizes = layout.chunk_size, layout.kept_per_chunk, layout.sink_tokens, layout.anchor_terms
+    codes = SELECTOR_CODES[rule.selector], rule.fusion_code, rule.seed
+    return _SealRule(*sizes, *codes, rule.decay, rule.decay**layout.anchor_terms)
 
 
 class _SealRows(ctypes.Structure):

@@ -216,18 +216,8 @@ class _SkipRule(ctypes.Structure):
 
 @functools.cache
 def _rule_struct(rule: SkipRule) -> _SkipRule:
-    return _SkipRule(
-        rule.terms,
-        FUSION_CODES[rule.fusion],
-        rule.history,
-        rule.warmup,
-        rule.sinks,
-        rule.window,
-        SKIP_UNITS,
-        PATIENCE,
-        rule.decay,
-        rule.decay**rule.terms,
-    )
+    numbers = rule.terms, FUSION_CODES[rule.fusion], rule.history, rule.warmup, rule.sinks, rule.window
+    return _SkipRule(*numbers, SKIP_UNITS, PATIENCE, rule.decay, rule.decay**rule.terms)
 
 
 class _SkipRows(ctypes.Structure):

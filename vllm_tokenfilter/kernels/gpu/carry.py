@@ -62,7 +62,7 @@ def follow_seals(carried: CarriedOnDevice, due: DueSealsOnDevice, layout: Layout
     sizes = {"C": layout.chunk_size, "K": layout.kept_per_chunk, "BLOCK_SIZE": carried.cache.block_size}
     carry_scores_kernel[(num_rows, num_layers)](
         **due.arguments,
-        num_tokens=due.num_tokens,
+        num_tokens=due.of_rows[1],
         scores=carried.cache.saved_redundancy,
         debts=carried.debts,
         carried_stride=carried.debts.stride(0),
@@ -72,7 +72,7 @@ def follow_seals(carried: CarriedOnDevice, due: DueSealsOnDevice, layout: Layout
     if carried.means is not None and carried.weights is not None:
         carry_means_kernel[(num_rows, num_layers, carried.weights.shape[2])](
             **due.arguments,
-            num_tokens=due.num_tokens,
+            num_tokens=due.of_rows[1],
             means=carried.means,
             weights=carried.weights,
             num_blocks=carried.means.shape[1],
@@ -93,11 +93,8 @@ def carry_scores_kernel(
     scores,  # float32 [num_layers, carried_stride]
     debts,  # int32 [num_layers, carried_stride]
     carried_stride,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Grid (num_rows, num_layers): score and debt of raw tokens follow them to the slots a seal moved them to.
 
     Tokens move to lower slots and in order, so nothing is overwritten before it is read.
@@ -135,12 +132,8 @@ def carry_means_kernel(
     means,  # float32 [num_layers, num_blocks, WIDTH]
     weights,  # float32 [num_layers, num_blocks, num_tiles]
     num_blocks,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Grid (num_rows, num_layers, cdiv(WIDTH, TILE)): the mean follows a request's newest token to another block."""
     row, layer, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, _known = due_chunks(row, first_chunk, last_chunk, shared_chunks)

@@ -7,7 +7,6 @@ Names: C tokens of a chunk, K kept, D head size, TILE tokens at a time, BLOCK_C 
 Source: docs/layout.md (slots); kernels/reference.py is the readable form.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,30 +22,19 @@ from vllm_tokenfilter.layout import Layout
 def compact_chunks(
     cache: GpuCache, due: DueSealsOnDevice, layout: Layout, rule: ScoreRule, head_scores: Tensor, known: Tensor
 ) -> Tensor:
-    """Choose and move in every layer; arguments as in `seal.seal_chunks` and from `score.score_chunks`.
+    """Choose and move in every layer; see `seal.seal_chunks`.
 
-    Args:
-        cache: the layers' cache, changed in place.
-        due: what to seal.
-        layout: the layout's integers.
-        rule: how tokens are ranked.
-        head_scores: float32 [num_layers, num_tasks, num_scored_heads, 2, C], of the heads of all ranks.
-        known: float32 [num_layers, num_tasks, C].
-
-    Returns:
-        See `seal.seal_chunks`.
+    `head_scores` is float32 [num_layers, num_tasks, heads of all ranks, 2, C], `known` as `score.score_chunks` made it.
     """
     num_layers, num_rows, num_tasks = len(cache.layer_addresses), len(due.plan.rows), due.plan.num_tasks
     block_c = max(16, triton.next_power_of_2(layout.chunk_size))
-    device = due.block_tables.device
-    grid = (num_rows, cache.num_kv_heads, num_layers)
-    scratch = torch.empty(num_layers, num_rows, cache.num_kv_heads, block_c, dtype=torch.float32, device=device)
-    kept = torch.full((num_layers, num_tasks, layout.kept_per_chunk), -1, dtype=torch.int32, device=device)
-    compact_kernel[grid](
+    scratch = cache.saved_redundancy.new_empty(num_layers, num_rows, cache.num_kv_heads, block_c)
+    kept = due.block_tables.new_full((num_layers, num_tasks, layout.kept_per_chunk), -1)
+    compact_kernel[(num_rows, cache.num_kv_heads, num_layers)](
         **cache.arguments,
         **due.arguments,
-        num_tokens=due.num_tokens,
-        first_task=due.first_task,
+        num_tokens=due.of_rows[1],
+        first_task=due.of_rows[4],
         num_tasks=num_tasks,
         saved_redundancy=cache.saved_redundancy,
         saved_stride=cache.saved_redundancy.stride(0),
@@ -93,9 +81,7 @@ def compact_kernel(
     shared_chunks,  # int32 [num_rows]
     first_task,  # int32 [num_rows], the task of the row's first chunk
     num_tasks,
-    block_stride,
-    head_stride,
-    token_stride,
+    block_stride, head_stride, token_stride,
     saved_redundancy,  # float32 [num_layers, saved_stride], updated
     saved_stride,
     known,  # float32 [num_layers, num_tasks, C]
@@ -104,16 +90,9 @@ def compact_kernel(
     scratch,  # float32 [num_layers, num_rows, num_heads, BLOCK_C]
     kept,  # int32 [num_layers, num_tasks, K], offsets that stay; untouched where nothing was due
     sinks,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    FUSION: tl.constexpr,
-    ENCODING: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, FUSION: tl.constexpr, ENCODING: tl.constexpr,
+):  # fmt: skip
     """Grid (num_rows, num_heads, num_layers): choose what stays of a row's due chunks and move one head of it.
 
     No token moves to a higher slot and tokens are moved in order, so nothing is overwritten before it is read.

@@ -35,14 +35,16 @@ class DueSealsOnDevice:
         plan: the host's side.
         block_tables: int32 [num_due_rows, num_blocks].
         shared_chunks: int32 [num_due_rows].
-        integers: int32, `rows`, `num_tokens`, `first_chunk`, `last_chunk` and the rows' first tasks, then the tasks'
-            rows and chunks.
+        of_rows: int32 [5, num_due_rows], of each row its index in the step, `num_tokens`, `first_chunk`, `last_chunk`
+            and first task.
+        of_tasks: int32 [2, num_tasks], row and chunk.
     """
 
     plan: DuePlan
     block_tables: Tensor
     shared_chunks: Tensor
-    integers: Tensor
+    of_rows: Tensor
+    of_tasks: Tensor
 
     @classmethod
     def snapshot(cls, plan: DuePlan, block_tables: Tensor, shared_chunks: Tensor) -> "DueSealsOnDevice":
@@ -58,13 +60,9 @@ class DueSealsOnDevice:
         host = torch.from_numpy(packed)
         # From pinned memory the copy needs no wait; PyTorch keeps the memory until the copy is done.
         integers = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-        rows = integers[: len(plan.rows)]
-        return cls(
-            plan,
-            block_tables[:, : plan.num_blocks].index_select(0, rows),
-            shared_chunks.index_select(0, rows),
-            integers,
-        )
+        of_rows, of_tasks = integers[: 5 * len(counts)].view(5, -1), integers[5 * len(counts) :].view(2, -1)
+        own_tables = block_tables[:, : plan.num_blocks].index_select(0, of_rows[0])
+        return cls(plan, own_tables, shared_chunks.index_select(0, of_rows[0]), of_rows, of_tasks)
 
     @classmethod
     def nothing(cls, layout: Layout, device: torch.device) -> "DueSealsOnDevice":
@@ -80,30 +78,10 @@ class DueSealsOnDevice:
         return {
             "block_tables": self.block_tables,
             "block_tables_stride": self.block_tables.stride(0),
-            "first_chunk": self._of_rows[2],
-            "last_chunk": self._of_rows[3],
+            "first_chunk": self.of_rows[2],
+            "last_chunk": self.of_rows[3],
             "shared_chunks": self.shared_chunks,
         }
-
-    @property
-    def num_tokens(self) -> Tensor:
-        """int32 [num_due_rows]."""
-        return self._of_rows[1]
-
-    @property
-    def first_task(self) -> Tensor:
-        """int32 [num_due_rows]."""
-        return self._of_rows[4]
-
-    @property
-    def tasks(self) -> Tensor:
-        """int32 [2, num_tasks], row and chunk of each task."""
-        return self.integers[5 * len(self.plan.rows) :].view(2, -1)
-
-    @functools.cached_property
-    def _of_rows(self) -> Tensor:
-        num_rows = len(self.plan.rows)
-        return self.integers[: 5 * num_rows].view(5, num_rows)
 
 
 @triton.jit

@@ -97,14 +97,9 @@ def adjust_step_kernel(
     shared_chunks,  # int32 [num_reqs], out: chunks taken over sealed; NO_SEALS for a row that owns nothing
     clean_tables,  # int32 [num_reqs, clean_tables_stride], out: rows without marks
     clean_tables_stride,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    MARK_BLOCKS: tl.constexpr,
-    NO_SEALS: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, BLOCK_SIZE: tl.constexpr, MARK_BLOCKS: tl.constexpr,
+    NO_SEALS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Grid (num_reqs,). A row without tokens, or whose tokens go nowhere (a dummy run's), is left as it is.
 
     Where prefixes are shared, a row may hold a mark behind the chunks it took over (MARK_BLOCKS null entries): it is

@@ -60,11 +60,6 @@ class SkipBuffers:
         """What every kernel that reads what `describe_rows` wrote takes."""
         return {"rows": self.rows, "rows_stride": self.rows.stride(0)}
 
-    @property
-    def padded_rows(self) -> int:
-        """A power of two of at least the number of rows."""
-        return triton.next_power_of_2(self.rows.shape[1])  # type: ignore[no-any-return]
-
 
 @dataclass(frozen=True)
 class SkipRowsOnDevice:
@@ -136,11 +131,8 @@ def describe_rows_kernel(
     shared_chunks,  # int32 [num_reqs], chunks taken over sealed; unused where nothing is filtered
     rows,  # int32 [3, rows_stride], out: slot of the first new token, first raw slot, position of the first new token
     rows_stride,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    W: tl.constexpr,
-    FILTERED: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
     """Grid (num_reqs,): where a row's tokens lie before the step's own are written."""
     row = tl.program_id(0)
     query_len = tl.load(query_start_loc + row + 1) - tl.load(query_start_loc + row)

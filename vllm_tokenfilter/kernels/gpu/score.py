@@ -7,7 +7,6 @@ Source: docs/algorithm.md (redundancy); selectors.py is the readable form.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,16 +34,14 @@ def score_chunks(
     """
     num_layers, num_tasks = len(cache.layer_addresses), due.plan.num_tasks
     num_heads = 1 if rule.selector == "random" else cache.num_kv_heads
-    numbers = {"dtype": torch.float32, "device": due.block_tables.device}
-    known = torch.empty(num_layers, num_tasks, layout.chunk_size, **numbers)  # type: ignore[call-overload]
-    head_scores = torch.empty(num_layers, num_tasks, num_heads, 2, layout.chunk_size, **numbers)  # type: ignore[call-overload]
-    task_rows, task_chunks = due.tasks
+    known = cache.saved_redundancy.new_empty(num_layers, num_tasks, layout.chunk_size)
+    head_scores = cache.saved_redundancy.new_empty(num_layers, num_tasks, num_heads, 2, layout.chunk_size)
     score_kernel[(num_tasks, num_heads, num_layers)](
         **cache.arguments,
         **due.arguments,
         layer_indices=cache.layer_indices,
-        task_rows=task_rows,
-        task_chunks=task_chunks,
+        task_rows=due.of_tasks[0],
+        task_chunks=due.of_tasks[1],
         num_tasks=num_tasks,
         saved_redundancy=cache.saved_redundancy,
         saved_stride=cache.saved_redundancy.stride(0),
@@ -96,25 +93,16 @@ def score_kernel(
     task_rows,  # int32 [num_tasks]
     task_chunks,  # int32 [num_tasks]
     num_tasks,
-    block_stride,
-    head_stride,
-    token_stride,
+    block_stride, head_stride, token_stride,
     saved_redundancy,  # float32 [num_layers, saved_stride], by physical slot
     saved_stride,
     known,  # float32 [num_layers, num_tasks, C], out
     head_scores,  # float32 [num_layers, num_tasks, num_heads, 2, C], out
     decay_log2,
     seed,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    SELECTOR: tl.constexpr,
-    ENCODING: tl.constexpr,
-):
+    C: tl.constexpr, K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, SELECTOR: tl.constexpr, ENCODING: tl.constexpr,
+):  # fmt: skip
     """Grid (num_tasks, num_heads, num_layers): the scores of one chunk in one head."""
     task, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, chunk = tl.load(task_rows + task), tl.load(task_chunks + task)

@@ -14,7 +14,6 @@ from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 from vllm_tokenfilter.kernels.gpu.compact import compact_chunks
 from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
 from vllm_tokenfilter.kernels.gpu.score import score_chunks
-from vllm_tokenfilter.kernels.plan import DuePlan
 from vllm_tokenfilter.kernels.rules import MAX_CHUNK_SIZE, ScoreRule
 from vllm_tokenfilter.layout import Layout
 
@@ -56,20 +55,3 @@ def warm_up(
     """
     due = DueSealsOnDevice.nothing(layout, cache.saved_redundancy.device)
     seal_chunks(cache, due, layout, rule, gather_heads)
-
-
-def seal_bytes_floor(cache: GpuCache, plan: DuePlan, layout: Layout) -> int:
-    """Bytes a seal of this plan must move at least, by a selector that reads keys and values.
-
-    Each scored chunk and the predecessors of the first are read once; each token that changes its slot is read once
-    and written once. Scores, block tables and lengths are small beside it and not counted.
-    """
-    per_token = len(cache.layer_addresses) * cache.num_kv_heads * 2 * cache.head_size * cache.element_size
-    tokens = 0
-    for num_tokens, first, last in zip(plan.num_tokens, plan.first_chunk, plan.last_chunk, strict=True):
-        scored = last - first + (first == 0)
-        tokens += scored * layout.chunk_size + (layout.anchor_terms if first else 0)
-        # The kept tokens of chunk 0 mostly stay where they are; from the next on, all move.
-        moved = (last - first) * layout.kept_per_chunk + num_tokens - last * layout.chunk_size
-        tokens += 2 * (moved - (layout.kept_per_chunk if first == 0 else 0))
-    return int(tokens) * per_token

@@ -65,7 +65,7 @@ def decide(
         head_scores=buffers.head_scores,
         decay_log2=math.log2(rule.decay),
         M=rule.terms,
-        BLOCK_R=buffers.padded_rows,
+        BLOCK_R=triton.next_power_of_2(buffers.rows.shape[1]),
         TILE=32,
         CAPACITY=capacity,
         num_warps=4,
@@ -129,20 +129,12 @@ def compare_tokens_kernel(
     slot_mapping,  # int64 [num_tokens]
     block_tables,  # int32 [num_reqs, block_tables_stride]
     block_tables_stride,
-    block_stride,
-    head_stride,
-    token_stride,
+    block_stride, head_stride, token_stride,
     head_scores,  # float32 [num_heads, 2, CAPACITY], out
     decay_log2,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TILE: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    ENCODING: tl.constexpr,
-):
+    M: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    TILE: tl.constexpr, CAPACITY: tl.constexpr, ENCODING: tl.constexpr,
+):  # fmt: skip
     """Grid (num_tokens, num_heads): cosine of a token's key, and of its value, to the anchor of the raw ones before."""
     token, head = tl.program_id(0), tl.program_id(1)
     if tl.load(slot_mapping + token) < 0:
@@ -192,15 +184,9 @@ def decide_rows_kernel(
     below,  # int32 [CAPACITY], scratch
     skipped,  # int32 [CAPACITY], out: 1 where a token's attention is skipped
     totals,  # int64 [num_reqs, 3], added to
-    HISTORY: tl.constexpr,
-    UNITS: tl.constexpr,
-    PATIENCE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    FUSION: tl.constexpr,
-):
+    HISTORY: tl.constexpr, UNITS: tl.constexpr, PATIENCE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr, CAPACITY: tl.constexpr, FUSION: tl.constexpr,
+):  # fmt: skip
     """Grid (num_reqs,): decide for a row's tokens in their order; right for every TILE, which only makes it quick."""
     row = tl.program_id(0)
     start = tl.load(query_start_loc + row)

@@ -72,7 +72,7 @@ def put_substitute(
             WINDOW=rule.window,
             GROUP=group,
             BLOCK_G=max(16, triton.next_power_of_2(group)),
-            BLOCK_R=buffers.padded_rows,
+            BLOCK_R=triton.next_power_of_2(buffers.rows.shape[1]),
             TILE=32,
             num_warps=4,
         )
@@ -100,9 +100,8 @@ def put_zero_kernel(
     skipped,  # int32 [CAPACITY]
     output,  # [num_tokens, output_stride], changed in place
     output_stride,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Grid (num_tokens,): the substitute "none"."""
     token = tl.program_id(0)
     if tl.load(slot_mapping + token) < 0:
@@ -131,24 +130,14 @@ def attend_window_kernel(
     skipped,  # int32 [CAPACITY]
     block_tables,  # int32 [num_reqs, block_tables_stride]
     block_tables_stride,
-    block_stride,
-    head_stride,
-    token_stride,
+    block_stride, head_stride, token_stride,
     key_scale,  # float32 [1], of an fp8 cache
     value_scale,  # likewise
     scale,
     softcap,  # 0 for none
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    TILE: tl.constexpr,
-    ENCODING: tl.constexpr,
-):
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, ENCODING: tl.constexpr,
+):  # fmt: skip
     """Grid (num_tokens, num_kv_heads): the substitute "window", for the query heads of one KV head."""
     token, head = tl.program_id(0), tl.program_id(1)
     if tl.load(slot_mapping + token) < 0:
@@ -211,10 +200,8 @@ def average_outputs_kernel(
     output,  # [num_tokens, output_stride], changed in place
     output_stride,
     decay,
-    WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Grid (num_reqs, cdiv(WIDTH, TILE)): the substitute "running_output" for a row's tokens in their order."""
     row, tile = tl.program_id(0), tl.program_id(1)
     start = tl.load(query_start_loc + row)
