@@ -1,5 +1,7 @@
 """The table of metrics, and what the exporter makes of statuses."""
 
+import asyncio
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -80,3 +82,35 @@ def test_settings_that_were_replaced_go_to_nought(exported):
     assert value("tokenfilter_config_info", **{**labels, "pruning_ratio": "0.75"}) == 1
     exporter.update(status())
     assert value("tokenfilter_config_info", **labels) == 1
+
+
+def test_servers_of_one_process_share_its_registry(exported):
+    first, value, registry = exported
+    second = Exporter(registry)
+    first.update(status(tokens_seen=200))
+    second.update(status(tokens_seen=50))
+    first.update(status(tokens_seen=300))
+    assert value("tokenfilter_tokens_seen_total") == 350
+
+
+def test_a_look_that_fails_is_counted_and_the_next_one_goes_on(exported, monkeypatch):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from vllm_tokenfilter.integration.server import endpoints
+
+    exporter, value, _ = exported
+    looks = iter([status(tokens_seen=100), RuntimeError("a worker did not answer"), status(tokens_seen=300)])
+
+    async def look(engine_client):
+        answer = next(looks, None)
+        if answer is None:
+            raise endpoints.EngineDeadError
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(endpoints, "Exporter", lambda: exporter)
+    monkeypatch.setattr(endpoints, "METRICS_INTERVAL_S", 0)
+    monkeypatch.setattr(endpoints, "_status", look)
+    asyncio.run(endpoints._export(None))
+    assert value("tokenfilter_tokens_seen_total") == 300
+    assert value("tokenfilter_looks_failed_total") == 1

@@ -54,15 +54,20 @@ class MetricsEndpoint:
 
 
 async def _export(engine_client: Any) -> None:
-    exporter = Exporter()
+    exporter, failing = Exporter(), False
     while True:
         try:
             exporter.update(await _status(engine_client))
+            failing = False
         except EngineDeadError:
             return
         except Exception:
-            logger.exception("Token Filtering: metrics are not exported any more.")
-            return
+            exporter.count_failure()
+            if not failing:
+                logger.exception(
+                    "Token Filtering: the engines did not say what they count, so metrics stand still until they do."
+                )
+            failing = True
         await asyncio.sleep(METRICS_INTERVAL_S)
 
 

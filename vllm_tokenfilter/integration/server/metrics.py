@@ -7,6 +7,7 @@ and layers hold them; seals and their time are summed over all workers.
 Source: https://prometheus.io/docs/practices/naming/.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from vllm_tokenfilter.layer_plan import ranges
 
 #: Pairs of label values, in the order of the metric's labels, and a value.
 Samples = Iterable[tuple[tuple[str, ...], float]]
+#: Counted by the exporter itself: no status says it.
+LOOKS_FAILED = "tokenfilter_looks_failed_total"
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,14 @@ METRICS: tuple[Metric, ...] = (
         lambda status: [((), status.engines)],
     ),
     Metric(
+        LOOKS_FAILED,
+        "counter",
+        "looks",
+        (),
+        "Looks at the engines that failed, once a second at most; the other metrics are older by as many.",
+        lambda status: [],
+    ),
+    Metric(
         "tokenfilter_config_info",
         "gauge",
         "info",
@@ -207,26 +218,40 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
+@functools.cache
+def _registered(registry: CollectorRegistry) -> dict[str, Any]:
+    """The table's metrics in a registry, by name; it takes each name once."""
+    made: dict[str, Any] = {}
+    for metric in METRICS:
+        if metric.kind == "counter":
+            made[metric.name] = Counter(metric.name, metric.help, metric.labels, registry=registry)
+        else:
+            made[metric.name] = Gauge(
+                metric.name, metric.help, metric.labels, registry=registry, multiprocess_mode="mostrecent"
+            )
+    return made
+
+
 class Exporter:
     """Keeps the table's metrics in a Prometheus registry up to date.
 
     With several API servers vLLM lets each write to files that any of them adds up when scraped; only one of them may
-    then export.
+    then export. Several servers of one process share its registry: their counters add up, and a gauge is as of the
+    last look at any of them.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
-        self._metrics: list[tuple[Metric, Any]] = []
-        for metric in METRICS:
-            if metric.kind == "counter":
-                made: Any = Counter(metric.name, metric.help, metric.labels, registry=registry)
-            else:
-                made = Gauge(metric.name, metric.help, metric.labels, registry=registry, multiprocess_mode="mostrecent")
-            self._metrics.append((metric, made))
+        self._made = _registered(registry)
         self._last: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def count_failure(self) -> None:
+        """Count a look at the engines that brought no status."""
+        self._made[LOOKS_FAILED].inc()
 
     def update(self, status: Status) -> None:
         """Take over a merged status; a counter that fell was restarted, and goes on from where it was."""
-        for metric, made in self._metrics:
+        for metric in METRICS:
+            made = self._made[metric.name]
             samples = dict(metric.read(status))
             if metric.kind == "gauge":
                 # Labels cannot be taken back from the files of several API servers: what is gone is 0.
