@@ -21,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_tokenfilter.errors import EvaluationError
 
 _START_TIMEOUT_S = 900.0
+#: Labels of vllm:cache_config_info, of one engine as in the log.
+_CAPACITY = {"kv_cache_tokens": "kv_cache_size_tokens", "max_concurrency": "kv_cache_max_concurrency"}
 #: vLLM's own server, started without its `vllm` command, which the CPU package does not bear.
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
@@ -60,7 +62,7 @@ class Server:
             ) from None
 
     def metrics(self) -> dict[str, float]:
-        """Preemptions so far and KV cache capacity in tokens, from /metrics; what is missing is left out."""
+        """Preemptions so far and what vLLM says of the KV cache, from /metrics; what is missing is left out."""
         try:
             text = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=30).text
         except httpx.HTTPError:
@@ -71,9 +73,10 @@ class Server:
                 if sample.name == "vllm:num_preemptions_total":
                     found["preemptions"] = found.get("preemptions", 0) + sample.value
                 elif sample.name == "vllm:cache_config_info":
-                    with contextlib.suppress(KeyError, ValueError):
-                        blocks, size = int(sample.labels["num_gpu_blocks"]), int(sample.labels["block_size"])
-                        found["kv_cache_tokens"] = float(blocks * size)
+                    # Blocks times their size is another figure where layers differ in what they store.
+                    for key, label in _CAPACITY.items():
+                        with contextlib.suppress(KeyError, ValueError):
+                            found[key] = float(sample.labels[label])
         return found
 
     def printed(self) -> str:
@@ -92,7 +95,7 @@ class Server:
             found["kv_cache_tokens"] = float(tokens[1].replace(",", ""))
         if requests := re.search(r"Maximum concurrency for [\d,]+ tokens per request: ([\d.]+)x", text):
             found["max_concurrency"] = float(requests[1])
-        return found or {key: value for key, value in self.metrics().items() if key == "kv_cache_tokens"}
+        return found or {key: value for key, value in self.metrics().items() if key in _CAPACITY}
 
 
 def free_port() -> int:
