@@ -203,3 +203,86 @@ def test_the_unit_is_one_systemd_takes(tmp_path):
     unit = tmp_path / "vllm-tokenfilter.service"
     unit.write_text(text.replace(program, sys.executable))
     run(tool("systemd-analyze"), "verify", "--man=no", unit)
+
+
+def seconds(text):
+    """Of the first number after `--shutdown-timeout`."""
+    return int(re.search(r"--shutdown-timeout\W+(\d+)", text)[1])
+
+
+def test_answers_in_flight_have_time_before_a_server_is_killed():
+    """In seconds: vLLM's own limit, then what kills it; ten are left for vLLM to end by itself."""
+    unit = (DEPLOY / "vllm-tokenfilter.service").read_text()
+    compose = (DEPLOY / "docker" / "compose.yaml").read_text()
+    deployment = yaml.safe_load((DEPLOY / "kubernetes" / "base" / "deployment.yaml").read_text())
+    leader_worker = next(yaml.safe_load_all((MULTI_NODE / "leaderworkerset.yaml").read_text()))
+    pod, leader = (
+        deployment["spec"]["template"]["spec"],
+        leader_worker["spec"]["leaderWorkerTemplate"]["leaderTemplate"],
+    )
+    (server,) = pod["containers"]
+    limits = {
+        "systemd": (seconds(unit), int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])),
+        "compose": (
+            seconds(compose),
+            int(yaml.safe_load(compose)["services"]["server"]["stop_grace_period"].removesuffix("s")),
+        ),
+        "pod": (
+            int(server["lifecycle"]["preStop"]["exec"]["command"][1]) + seconds(" ".join(server["args"])),
+            pod["terminationGracePeriodSeconds"],
+        ),
+        "leader": (
+            seconds(leader["spec"]["containers"][0]["args"][0]),
+            leader["spec"]["terminationGracePeriodSeconds"],
+        ),
+    }
+    for config in serve_configs():
+        (application,) = config["applications"]
+        limits[f"ray {application['args']['flags']}"] = (
+            seconds(application["args"]["flags"]),
+            application["deployments"][0]["graceful_shutdown_timeout_s"],
+        )
+    assert len(limits) == 6
+    for name, (finish, kill) in limits.items():
+        assert 0 < finish <= kill - 10, name
+
+
+def test_a_server_that_fails_is_restarted_by_whoever_runs_it(built):
+    compose = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())
+    assert compose["services"]["server"]["restart"] == "unless-stopped"
+    for name in OVERLAYS:
+        pod = of_kind(built[name], "Deployment")["spec"]["template"]["spec"]
+        assert pod.get("restartPolicy", "Always") == "Always"
+
+
+#: Runs systemd for this test alone: its own processes, and a /run of its own that says systemd is there.
+SYSTEMD = """
+mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system /run/user && export XDG_RUNTIME_DIR=/run/user HOME=/root
+/usr/lib/systemd/systemd --user &
+for _ in $(seq 50); do [ -S /run/user/systemd/private ] && break; sleep 0.1; done
+systemctl --user start vllm-tokenfilter.service
+sleep 1.5
+"""
+
+
+@pytest.mark.parametrize("status, starts_again", [(1, True), (2, False), (0, False)])
+def test_systemd_starts_the_unit_again_after_a_failure_but_not_after_a_refusal(tmp_path, status, starts_again):
+    tool("systemctl")
+    alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-ec"]
+    if subprocess.run([*alone, "mount -t tmpfs tmpfs /run"], capture_output=True, check=False).returncode:
+        pytest.skip("systemd needs namespaces of its own here, which this user may not make")
+    runs = tmp_path / "runs"
+    program = tmp_path / "server"
+    program.write_text(f"#!/bin/sh\necho x >>{runs}\nexit {status}\n")
+    program.chmod(0o755)
+    text = (DEPLOY / "vllm-tokenfilter.service").read_text()
+    # What has to do with the served machine; the rules of restarting stay.
+    text = re.sub(r"^(User|WorkingDirectory|Environment|CacheDirectory|No|Pr).*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^ExecStart=.*$", f"ExecStart={program}", text, flags=re.MULTILINE)
+    text = re.sub(r"^RestartSec=.*$", "RestartSec=0.1", text, flags=re.MULTILINE)
+    (tmp_path / "vllm-tokenfilter.service").write_text(text)
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [*alone, SYSTEMD], check=True, timeout=60, env={**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"}, **quiet
+    )
+    assert (len(runs.read_text().split()) > 1) == starts_again

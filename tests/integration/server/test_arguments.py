@@ -296,6 +296,11 @@ def test_the_embedded_model_asks_no_hub_unless_the_user_says_so(monkeypatch, par
     assert constants.HF_HUB_OFFLINE is (given is None)
 
 
+@pytest.mark.parametrize("flags, seconds", [([], 60), (["--shutdown-timeout", "5"], 5), (["--shutdown_timeout=0"], 0)])
+def test_answers_in_flight_get_a_minute_to_finish_unless_the_user_says_otherwise(parse, flags, seconds):
+    assert parse(*flags).shutdown_timeout == seconds
+
+
 def test_the_baseline_of_a_benchmark_gets_the_same_without_ours(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("attention-backend: TOKEN_FILTERING\nenable-prefix-caching: false\n" + OURS)

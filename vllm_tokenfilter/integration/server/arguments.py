@@ -24,6 +24,9 @@ from vllm_tokenfilter.integration import registration
 from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
 from vllm_tokenfilter.local.settings_file import read_additional_config, read_config_file
 
+#: Seconds that answers in flight have to finish once the server is asked to end; vLLM's own default cuts them off.
+SHUTDOWN_TIMEOUT_S = 60
+
 #: What the embedded model is served with where neither the flags nor the file say otherwise.
 EMBEDDED_DEFAULTS = {
     "host": "127.0.0.1",
@@ -60,7 +63,8 @@ def server_arguments(flags: Iterable[str], config_file: str | None, pruning_rati
     """The words that follow `vllm serve`.
 
     Flags win over the file, and `--pruning-ratio` over both, key by key. Where none of them says how to filter, the
-    embedded model takes `EMBEDDED_FILTER` and others the defaults of `FilterConfig`.
+    embedded model takes `EMBEDDED_FILTER` and others the defaults of `FilterConfig`. Answers in flight get
+    `SHUTDOWN_TIMEOUT_S` to finish.
 
     Raises:
         ConfigError: the file, a flag or a setting of ours cannot be used.
@@ -87,6 +91,8 @@ def server_arguments(flags: Iterable[str], config_file: str | None, pruning_rati
     extra.setdefault(CONFIG_KEY, EMBEDDED_FILTER if embedded else {})
     FilterConfig.within(extra)
     ours = ["--attention-backend", registration.BACKEND_NAME, "--additional-config", json.dumps(extra)]
+    if "shutdown_timeout" not in last:
+        ours += ["--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
     if not embedded:
         return [*words_of(options), *ours]
     if "HF_HUB_OFFLINE" not in os.environ:
