@@ -127,7 +127,8 @@ def test_counters_add_up_under_load_and_start_anew_with_the_server(tiny_model): 
         # vLLM's server does not outlive its engine: the next one counts from nothing, which is a reset to Prometheus.
         engine = next(child for child in psutil.Process(process.pid).children() if "EngineCore" in child.name())
         engine.kill()
-        process.wait(60)
+        # A supervisor that restarts on failure hears that it failed.
+        assert process.wait(60) == 1
     with running(PLAIN, *flags) as (url, _, _):
         assert metrics_of(url)[SEEN] == 0
         check_load(url, 10)

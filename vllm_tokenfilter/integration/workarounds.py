@@ -1,7 +1,8 @@
 """Where vLLM 0.32 has no hook: each patch with its symptom, its cause, why twice is safe, and when to delete it.
 
 Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`), vllm/v1/engine/core.py (`EngineCore`),
-vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py.
+vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py,
+vllm/entrypoints/serve/engine/serving.py (`BaseServing._check_model`), vllm/entrypoints/launchers/api_server/entry.py.
 """
 
 import functools
@@ -56,6 +57,7 @@ def check_engine_configs() -> None:
         _prepare(self)
         extend_engine_core()
         refuse_opting_out()
+        fail_with_the_engine()
         name_metrics_plugin()
         vllm_config = original(self, *args, **kwargs)
         config = refusals.require_supported(vllm_config)
@@ -87,30 +89,99 @@ def refuse_opting_out() -> None:
 
     Symptom: `vllm_xargs: {"token_filtering": 0}` would be ignored in silence.
     Cause: vLLM 0.32 lets plugins look at a request's parameters only as logits processors, which then take part in
-    every step.
-    Twice is safe: the wrapper is marked. Inert: a request without the key goes straight through.
+    every step. Parameters of a beam search have no room for it, and a stream has begun before the engine's are checked,
+    so a server looks at the request itself.
+    Twice is safe: the wrappers are marked. Inert: a request without the key goes straight through.
     Delete when: vLLM gives plugins a hook on a request's parameters.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor._validate_params
+    if not hasattr(original, _MARK):
+
+        @functools.wraps(original)
+        def _validate_params(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
+            if refusal := _own_filter(getattr(params, "extra_args", None), self.vllm_config):
+                raise refusal
+            return original(self, params, *args, **kwargs)
+
+        setattr(_validate_params, _MARK, True)
+        InputProcessor._validate_params = _validate_params  # type: ignore[method-assign]
+    # Only where there is a server: importing it would cost others a second.
+    if (serving := sys.modules.get("vllm.entrypoints.serve.engine.serving")) is not None:
+        _refuse_opting_out_of_a_server(serving.BaseServing)
+
+
+def _refuse_opting_out_of_a_server(serving: Any) -> None:
+    original = serving._check_model
     if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
-    def _validate_params(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
-        extra = getattr(params, "extra_args", None)
-        if extra and CONFIG_KEY in extra and registration.is_ours(self.vllm_config.attention_config.backend):
-            raise VLLMValidationError(
-                f"vllm_xargs.{CONFIG_KEY}={extra[CONFIG_KEY]!r} asks for a filter of this request's own, and all "
-                "requests of a server share one layout of the KV cache; leave it out, use a server with another "
-                "pruning_ratio, or change the ratio of this one with POST /token_filtering.",
-                parameter=f"vllm_xargs.{CONFIG_KEY}",
-            )
-        return original(self, params, *args, **kwargs)
+    async def _check_model(self: Any, request: Any) -> Any:
+        if (error := await original(self, request)) is not None or not hasattr(self, "engine_client"):
+            return error
+        sampling = getattr(request, "sampling_params", None)
+        for extra in (getattr(request, "vllm_xargs", None), getattr(sampling, "extra_args", None)):
+            if refusal := _own_filter(extra, self.engine_client.vllm_config):
+                return self.create_error_response(refusal)
+        return None
 
-    setattr(_validate_params, _MARK, True)
-    InputProcessor._validate_params = _validate_params  # type: ignore[method-assign]
+    setattr(_check_model, _MARK, True)
+    serving._check_model = _check_model
+
+
+def _own_filter(extra: Any, vllm_config: VllmConfig) -> VLLMValidationError | None:
+    """What to answer to a request's further arguments if they ask for a filter of its own."""
+    if not (isinstance(extra, dict) and CONFIG_KEY in extra):
+        return None
+    if not registration.is_ours(vllm_config.attention_config.backend):
+        return None
+    return VLLMValidationError(
+        f"vllm_xargs.{CONFIG_KEY}={extra[CONFIG_KEY]!r} asks for a filter of this request's own, and all "
+        "requests of a server share one layout of the KV cache; leave it out, use a server with another "
+        "pruning_ratio, or change the ratio of this one with POST /token_filtering.",
+        parameter=f"vllm_xargs.{CONFIG_KEY}",
+    )
+
+
+def fail_with_the_engine() -> None:
+    """End a server whose engine died with status 1.
+
+    Symptom: it ends with status 0, so whoever restarts it on failure does not.
+    Cause: vLLM 0.32 lets the server of such an engine end as one that was asked to.
+    Twice is safe: the wrapper is marked. Inert: a server that is asked to end shuts its engine down first, and keeps
+    the status it had.
+    Delete when: vLLM's server ends with another status by itself.
+    """
+    entry = sys.modules.get("vllm.entrypoints.launchers.api_server.entry")
+    if entry is None or hasattr(entry.build_and_serve, _MARK):
+        return
+    original = entry.build_and_serve
+
+    @functools.wraps(original)
+    async def build_and_serve(engine_client: Any, *args: Any, **kwargs: Any) -> Any:
+        asked, shut_down = False, engine_client.shutdown
+
+        def shutdown(*args: Any, **kwargs: Any) -> None:
+            nonlocal asked
+            asked = True
+            shut_down(*args, **kwargs)
+
+        engine_client.shutdown = shutdown
+        ending = await original(engine_client, *args, **kwargs)
+        del engine_client.shutdown
+        by_itself = not asked
+
+        async def end() -> None:
+            await ending
+            if by_itself:
+                raise SystemExit(1)
+
+        return end()
+
+    setattr(build_and_serve, _MARK, True)
+    entry.build_and_serve = build_and_serve  # type: ignore[attr-defined]
 
 
 def name_metrics_plugin() -> None:
