@@ -276,6 +276,24 @@ def test_endpoint_plugins_are_loaded_by_name_and_requests_are_checked_where_we_l
     assert "self._validate_params(params" in inspect.getsource(InputProcessor.process_inputs), (
         "integration/workarounds.py: refuse_opting_out"
     )
+    from vllm.entrypoints.generate.beam_search import online
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    assert parameters(BaseServing._check_model) == ["self", "request"], "integration/workarounds.py: refuse_opting_out"
+    assert "self._check_model(request)" in inspect.getsource(OpenAIServingChat.render_chat_request)
+    assert "extra_args" not in inspect.getsource(online), "integration/workarounds.py: refuse_opting_out"
+
+
+def test_a_server_whose_engine_died_ends_where_we_look():
+    from vllm.entrypoints.launchers import launcher
+    from vllm.entrypoints.launchers.api_server import entry
+
+    ours = "integration/workarounds.py: fail_with_the_engine"
+    assert "await build_and_serve(\n            engine_client" in inspect.getsource(entry.run_server_worker), ours
+    stop = inspect.getsource(launcher.serve_http)
+    assert "partial(engine_client.shutdown, timeout=timeout)" in stop and "return dummy_shutdown()" in stop, ours
+    assert "server.should_exit = True" in inspect.getsource(launcher.terminate_if_errored), ours
 
 
 def test_what_a_layer_caches_can_be_watched_through_its_implementation(monkeypatch):
