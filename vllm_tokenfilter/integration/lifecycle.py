@@ -96,6 +96,7 @@ class CountingBuilder:
         counters: what was done in them.
         settles: each brings the counters up to date by what a device counted.
         inner_name: on a GPU, the backend inside.
+        in_totals: whether what it counts is logged when the worker ends.
     """
 
     config: FilterConfig
@@ -103,3 +104,4 @@ class CountingBuilder:
     counters: StepCounters
     settles: Sequence[Callable[[], None]] = ()
     inner_name: str | None = None
+    in_totals = True

@@ -35,7 +35,7 @@ def load(tmp_path, logged):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     plugin.register()
 
-    def loaded(settings):
+    def loaded(settings, stage=range(5)):
         vllm_config = EngineArgs(
             model=str(tmp_path),
             skip_tokenizer_init=True,
@@ -51,6 +51,7 @@ def load(tmp_path, logged):
                     4, 32, 0.1, num_kv_heads=2, cache_config=vllm_config.cache_config, prefix=NAME.format(i), **own
                 )
                 for i, own in enumerate(kinds)
+                if i in stage
             ]
             for layer in layers:
                 layer.process_weights_after_loading(torch.float32)
@@ -90,6 +91,12 @@ def test_layers_are_planned_by_what_vllm_knows_of_them_and_ask_for_blocks_by_it(
     (block,) = logged
     assert block.startswith("Token Filtering is on: backend TOKEN_FILTERING over CPU_ATTN\n  layers filtered: 0\n")
     assert "  layers that cannot skip: 4 (reads_another_layers_cache)" in block
+
+
+def test_a_pipeline_stage_plans_its_own_layers_by_their_place_in_the_model(load):
+    settings = {"pruning_ratio": 0.4, "schedule": {"kind": "tail", "share": 0.8}}
+    plan = lifecycle.planned_model(load(settings, stage=(0, 1))[0]).plan
+    assert plan.dense == {"configured_dense": [0]} and plan.filtered == plan.indices[1:] == [1]
 
 
 def test_a_worker_tells_of_all_its_groups_and_takes_other_settings(load):

@@ -55,7 +55,8 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
         self.counters = StepCounters()
         model = planned_model(vllm_config)
         self.use(refusals.require_supported(vllm_config), model.plan)
-        model.count(self)
+        if self.in_totals:
+            model.count(self)
 
     def use(self, config: FilterConfig, plan: LayerPlan) -> None:
         """Filter by these settings, and the plan they make of all layers; only while no request is running."""

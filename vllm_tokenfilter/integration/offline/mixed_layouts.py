@@ -35,6 +35,7 @@ class OfflineBuilder(TokenFilteringMetadataBuilder):
     """
 
     observer: Callable[[SealedChunks], None] | None = None
+    in_totals = False
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
