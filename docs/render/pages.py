@@ -36,15 +36,21 @@ additional-config:
     pruning_ratio: 0.5
 ```
 
-On the command line: `--additional-config '{{"{CONFIG_KEY}": {{"pruning_ratio": 0.5}}}}'`. An unknown key, a wrong type
-or a value out of range is refused at start. Words such as *seal*, *chunk* and *sink* are explained at the top of
+On the command line: `--additional-config '{{"{CONFIG_KEY}": {{"pruning_ratio": 0.5}}}}'`, or
+`--additional-config.{CONFIG_KEY}.pruning_ratio 0.5`. Keys may be written with dashes. An unknown key, a wrong type or a
+value out of range is refused at start. Words such as *seal*, *chunk* and *sink* are explained at the top of
 [layout.md](layout.md).
 
 | key | unit | values | default | meaning |
 |---|---|---|---|---|
 %s
 
-Together they must satisfy:
+`vllm-tokenfilter serve` takes every flag of `vllm serve`, in all its spellings, and settings from a file and from flags
+together: flags win over the file key by key, and `--pruning-ratio` wins over both. By itself it sets only
+`--attention-backend` and `--additional-config`, and for the embedded model also what you leave open of `--host`,
+`--served-model-name`, `--max-model-len`, `--dtype`, the size of the KV cache and compilation (`--enforce-eager`).
+
+Together the settings must satisfy:
 
 - `recent_window >= chunk_size >= anchor_terms`;
 - a chunk keeps `chunk_size - round(pruning_ratio * chunk_size)` tokens: at least one, and at least `sink_tokens`;

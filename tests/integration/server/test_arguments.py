@@ -313,3 +313,31 @@ def test_the_baseline_of_a_benchmark_gets_the_same_without_ours(tmp_path):
     for parsed in (stock, ours):
         assert (parsed.model, parsed.enable_prefix_caching, parsed.optimization_level) == (MODEL, False, "3")
     assert words_of(read(["-ac", '{"backend": "CUSTOM"}'])) == ["--attention-config", "{}"]
+
+
+def test_the_command_runs_vllms_own_serve_with_what_it_settled(monkeypatch, tmp_path):
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    from vllm_tokenfilter.cli.serve import run
+
+    served = []
+    monkeypatch.setattr(ServeSubcommand, "cmd", staticmethod(served.append))
+    monkeypatch.setattr(arguments.os, "environ", dict(arguments.os.environ))
+    path = tmp_path / "config.yaml"
+    path.write_text("enable-prefix-caching: false\n" + OURS)
+    run([MODEL, "--port", "8001", "--log-level", "DEBUG"], [str(path)], 0.75)
+    (parsed,) = served
+    assert (parsed.model_tag, parsed.port, parsed.enable_prefix_caching) == (MODEL, 8001, False)
+    assert parsed.additional_config == {"token_filtering": {"pruning_ratio": 0.75}}
+    assert parsed.logging_config.log_level == "DEBUG"
+    assert arguments.os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert "token_filtering_http" in arguments.os.environ["VLLM_PLUGINS"].split(",")
+    for flags, sentence in (
+        ([MODEL, "--enable-auto-tool-choice"], "--enable-auto-tool-choice requires --tool-call-parser"),
+        ([MODEL, "--attention-config.mla_prefill_backend", "NOPE"], "Unknown MLA prefill backend: 'NOPE'"),
+        ([MODEL, "--port", "http"], "argument --port: invalid int value: 'http'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            run(flags, [], None)
+    with pytest.raises(ConfigError, match="config is given twice"):
+        run([MODEL], ["a.yaml", "b.yaml"], None)

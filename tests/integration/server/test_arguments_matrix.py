@@ -1,7 +1,7 @@
 """`vllm-tokenfilter serve` gives vLLM the engine arguments that `vllm serve` has, over the ways to spell them.
 
-Documented differences: the attention backend and `additional_config` are ours; files are read in every encoding of
-names, and a `false` counts however its key is written.
+Documented differences: the attention backend and `additional_config` are ours, and a `false` in a file counts however
+its key is written.
 """
 
 import os
@@ -10,6 +10,9 @@ import pytest
 import yaml
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_tokenfilter.integration.server.arguments import server_arguments, server_parser
 
@@ -86,7 +89,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def parser():
-    return server_parser()
+    return make_arg_parser(FlexibleArgumentParser())
 
 
 def spelled(parsed):
@@ -95,6 +98,7 @@ def spelled(parsed):
 
 
 def parse(parser, words):
+    server_parser()  # makes the backend's name known
     parsed = parser.parse_args(words)
     parsed.model = parsed.model_tag or parsed.model  # as vLLM's `serve` begins
     parsed.model_tag = None

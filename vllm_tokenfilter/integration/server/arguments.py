@@ -177,11 +177,11 @@ def _file_words(settings: Mapping[str, Any]) -> list[str]:
     return words
 
 
-class _Reader(FlexibleArgumentParser):
-    """Finds out which options words mean, and leaves their values as they are."""
+class _Parser(FlexibleArgumentParser):
+    """vLLM's, but for what it says of words that it refuses: one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"{self.prog}: {message}; give options as vLLM's server takes them."])
+        raise ConfigError([f"{self.prog}: {' '.join(message.split())}; give options as vLLM's server takes them."])
 
     def _pull_args_from_config(self, args: list[str]) -> list[str]:
         return args  # `read` takes the file
@@ -203,12 +203,13 @@ class _Collect(argparse.Action):
 def server_parser() -> FlexibleArgumentParser:
     """The parser of `vllm serve`, which checks names of backends as it reads them."""
     registration.register_names()
-    return make_arg_parser(FlexibleArgumentParser(prog="vllm-tokenfilter serve"))
+    return make_arg_parser(_Parser(prog="vllm-tokenfilter serve"))
 
 
 @functools.cache
-def _reader() -> _Reader:
-    reader = _Reader(add_help=False, argument_default=argparse.SUPPRESS)
+def _reader() -> _Parser:
+    """The same options, their values left as they are."""
+    reader = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     for action in server_parser()._actions:
         if not action.option_strings:
             reader.add_argument(action.dest, nargs=action.nargs, action=_Collect)
