@@ -116,8 +116,10 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
         metadata = super().build(common_prefix_len, common, fast_build)
         if not self.skipping_layers:
             return metadata
+        if self.skipping is None:
+            self.skipping = SkippingLayers(self._layers, self.plan, self.isa, self.config)
         skip = CpuSkipStep.of(
-            self._carried_for_skipping(),
+            self.skipping,
             tables,
             num_computed,
             query_lens,
@@ -148,11 +150,6 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
         chunks = due.plan.num_chunks
         self.counters.count_sealed(chunks * layout.chunk_size, chunks * layout.removed_per_chunk)
         return sealed
-
-    def _carried_for_skipping(self) -> SkippingLayers:
-        if self.skipping is None:
-            self.skipping = SkippingLayers(self._layers, self.plan, self.isa, self.config)
-        return self.skipping
 
     def _count(self, seq_lens: NDArray[np.int64], query_lens: NDArray[np.int64], removed: NDArray[np.int64]) -> None:
         self.counters.tokens_seen += int(query_lens.sum())

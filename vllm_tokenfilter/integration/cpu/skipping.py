@@ -177,7 +177,9 @@ class CpuSkipStep:
         skip.decide_skips(state, place, self.layers.units[index])
         num_skipped, num_idle, num_read = state.totals.tolist()
         attend(self.metadata_for(self.read_lens) if num_idle else metadata)
-        self._count(num_skipped, num_read)
+        self.counters.attentions_decided += self.warm
+        self.counters.attentions_skipped += num_skipped
+        self.counters.reads_done += num_read
         substitute = self.layers.substitute
         if substitute == "running_output":
             self._average_outputs(place, output)
@@ -208,11 +210,6 @@ class CpuSkipStep:
         skip.average_outputs(self.state, self.layers.means(width)[place], outputs.numpy())
         mask = torch.from_numpy(self.state.skipped).view(torch.bool)[:, None]
         torch.where(mask, outputs.to(flat.dtype), flat, out=flat)
-
-    def _count(self, num_skipped: int, num_read: int) -> None:
-        self.counters.attentions_decided += self.warm
-        self.counters.attentions_skipped += num_skipped
-        self.counters.reads_done += num_read
 
 
 @dataclass
