@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from vllm_tokenfilter.evaluation.plan import EvaluationPlan
 from vllm_tokenfilter.evaluation.run import run
 from vllm_tokenfilter.evaluation.schema import settings_of
 from vllm_tokenfilter.evaluation.tails import score_tails
+from vllm_tokenfilter.integration.counters import StepCounters
 
 VOCABULARY = 60
 
@@ -32,8 +34,8 @@ class Engine:
         self.pruned = self.seen = 0
 
     def status(self):
-        counts = {"tokens_seen": self.seen, "tokens_pruned": self.pruned, "attentions_skipped": 0}
-        return {**counts, "rows_dense": {"short": self.seen}}
+        counts = {"tokens_seen": self.seen, "tokens_pruned": self.pruned, "rows_dense": Counter(short=self.seen)}
+        return SimpleNamespace(counters=StepCounters(**counts))
 
     def feed(self, sequences, step_tokens, consumer):
         for index, tokens in enumerate(sequences):
