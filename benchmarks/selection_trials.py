@@ -79,7 +79,7 @@ def trials(num_layers: int) -> dict[str, FilterConfig]:
 def main(
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 1500,
     questions: Annotated[int, typer.Option(min=1, help="Per kind and depth.")] = 4,
-    data_dir: Annotated[Path | None, typer.Option(help="Local text; see docs/evaluation.md.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with local text; see docs/evaluation.md.")] = None,
     out: Annotated[Path, typer.Option(help="Result file.")] = OUT,
 ) -> None:
     """Measure, print a table, write the JSON."""

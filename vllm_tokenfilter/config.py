@@ -41,8 +41,8 @@ class AttentionSkipping(BaseModel):
     substitute: Substitute = Field(
         default="window",
         description=(
-            "What stands for a skipped attention: none (zero, the paper), window (attention to the sinks and the last "
-            "skip_window tokens only), running_output (the decayed mean of the layer's outputs that were not skipped)."
+            "What replaces a skipped attention: none (zero, as in the paper), window (attention to the sinks and the "
+            "newest skip_window tokens only), running_output (the decaying mean of the outputs that were not skipped)."
         ),
         json_schema_extra={"unit": "name"},
     )
@@ -50,7 +50,7 @@ class AttentionSkipping(BaseModel):
         default=64,
         ge=1,
         le=4096,
-        description="Newest stored tokens the substitute window attends to, the token itself among them.",
+        description="Newest stored tokens that the substitute window attends to, the token itself among them.",
         json_schema_extra={"unit": "tokens"},
     )
     warmup_tokens: int = Field(
@@ -76,7 +76,7 @@ class FilterConfig(BaseModel):
         default=0.5,
         ge=0.0,
         lt=1.0,
-        description="Share of each sealed chunk that leaves the KV cache (0 = dense, stock vLLM).",
+        description="Share of each sealed chunk that is removed from the KV cache (0 = dense, as in stock vLLM).",
         json_schema_extra={"unit": "ratio"},
     )
     chunk_size: int = Field(
@@ -90,14 +90,14 @@ class FilterConfig(BaseModel):
         default=64,
         ge=2,
         le=1_048_576,
-        description="Newest tokens that always stay whole; at least chunk_size.",
+        description="Newest tokens, which are never removed; at least chunk_size.",
         json_schema_extra={"unit": "tokens"},
     )
     sink_tokens: int = Field(
         default=4,
         ge=0,
         le=4096,
-        description="First tokens of the sequence that always stay; at most what a chunk keeps.",
+        description="First tokens of the sequence, which are never removed; at most what a chunk keeps.",
         json_schema_extra={"unit": "tokens"},
     )
     anchor_decay: Number = Field(
@@ -111,23 +111,23 @@ class FilterConfig(BaseModel):
         default=64,
         ge=1,
         le=4096,
-        description="Earlier tokens one anchor averages; at most chunk_size.",
+        description="Earlier tokens that one anchor averages; at most chunk_size.",
         json_schema_extra={"unit": "tokens"},
     )
     fusion: Fusion = Field(
         default="variance_aware",
         description=(
-            "How key and value similarity become one redundancy: variance_aware trusts the one the heads agree on, "
-            "mean averages both, key and value use one alone."
+            "How key and value similarity become one redundancy: variance_aware gives more weight to the one on which "
+            "the heads agree, mean averages both, key and value use one alone."
         ),
         json_schema_extra={"unit": "name"},
     )
     selector: Selector = Field(
         default="anchor",
         description=(
-            "How tokens are ranked: anchor is ours (key and value similarity to running anchors, see fusion); the "
-            "others are baselines for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and recency "
-            "(StreamingLLM: sinks and newest tokens only)."
+            "How tokens are ranked: anchor is this plugin's method (key and value similarity to running anchors, see "
+            "fusion); the others are baselines for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and "
+            "recency (StreamingLLM: sinks and newest tokens only)."
         ),
         json_schema_extra={"unit": "name"},
     )
@@ -135,7 +135,7 @@ class FilterConfig(BaseModel):
         default=0,
         ge=0,
         lt=2**16,
-        description="Seed of the selector random; without effect on the others.",
+        description="Seed of the selector random; the others ignore it.",
         json_schema_extra={"unit": "seed"},
     )
     dense_layers: ListOf[int] = Field(
@@ -163,7 +163,7 @@ class FilterConfig(BaseModel):
     inner_backend: InnerBackend = Field(
         default="auto",
         description=(
-            "On a GPU, vLLM's attention backend that does the reading and writing; auto is the one vLLM would choose."
+            "On a GPU, the attention backend of vLLM that reads and writes the cache; auto: the one vLLM would choose."
         ),
         json_schema_extra={"unit": "name"},
     )

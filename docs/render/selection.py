@@ -30,7 +30,7 @@ def selection_trials(result: Result) -> list[SelectionTrial]:
     def group(name: str) -> str:
         if name.startswith("tuned"):
             return "retrieval layers dense"
-        return "other layers whole" if name.endswith("whole") else "all layers pruned"
+        return "other layers dense" if name.endswith("whole") else "all layers pruned"
 
     return [
         SelectionTrial(
@@ -73,9 +73,9 @@ def settings_tried(trials: list[SelectionTrial]) -> str:
         color=INK,
         linewidth=1,
         linestyle=":",
-        label="no other is better in both",
+        label="no other setting is better in both",
     )
-    # Those that spare the right layers lie on one another; the table names them.
+    # The settings with dense retrieval layers lie too close together to be labelled; the table names them.
     apart = sorted((trial for trial in trials if not trial.name.startswith("tuned")), key=lambda trial: trial.nll)
     for number, trial in enumerate(apart):
         place, offset = (trial.nll, 100 * trial.recall), (5, -9 if number % 2 else 3)

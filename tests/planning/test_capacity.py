@@ -121,7 +121,7 @@ def test_layers_with_alibi_stay_dense_as_on_the_server(tmp_path, model):
         (["--gpu-memory", "-3"], "gpu-memory=-3 must be a number above 0"),
         ([], "gpu-memory is missing"),
         (["--gpu-memory", "1", "--ratio", "1.5"], "pruning_ratio=1.5"),
-        (["--gpu-memory", "1", "--dtype", "int4"], "dtype=int4 is not planned for"),
+        (["--gpu-memory", "1", "--dtype", "int4"], "dtype=int4 must be auto or one of"),
         (["--gpu-memory", "1", "--tensor-parallel-size", "3"], "does not divide the 2 KV heads"),
         (["--gpu-memory", "1", "--gpu-memory-utilization", "2"], "gpu-memory-utilization=2 must be above 0"),
     ],

@@ -152,7 +152,7 @@ def _pair(found, layer):
     "wrong, sentence",
     [
         ({"ratio": 1.0}, "ratio=1 must be above 0 and below 1"),
-        ({"ratio": 0.95}, "ratio=0.95 leaves too few layers whole; use at most"),
+        ({"ratio": 0.95}, "ratio=0.95 leaves too few layers dense; use at most"),
         ({"length": 100}, "length=100 leaves nothing to prune"),
         ({"length": 9000}, "length=9000 is beyond the model's 4096 tokens"),
         ({"device": "nonsense"}, "cannot be loaded on nonsense"),

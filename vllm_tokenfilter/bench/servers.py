@@ -23,7 +23,7 @@ from vllm_tokenfilter.errors import EvaluationError
 _START_TIMEOUT_S = 900.0
 #: Labels of vllm:cache_config_info, of one engine as in the log.
 _CAPACITY = {"kv_cache_tokens": "kv_cache_size_tokens", "max_concurrency": "kv_cache_max_concurrency"}
-#: vLLM's own server, started without its `vllm` command, which the CPU package does not bear.
+#: vLLM's own server, started without its `vllm` command, which does not work with the CPU package.
 SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 

@@ -41,7 +41,8 @@ def serve(
     context: typer.Context,
     config: Annotated[list[str] | None, typer.Option(help="A vLLM --config file, such as those in configs/.")] = None,
     pruning_ratio: Annotated[
-        float | None, typer.Option(help="Share of each sealed chunk that leaves the KV cache; wins over the file.")
+        float | None,
+        typer.Option(help="Share of each sealed chunk to remove from the cache; wins over the file."),
     ] = None,
 ) -> None:
     """Run vLLM's OpenAI-compatible server with Token Filtering on; any vLLM server flag can follow.
@@ -56,14 +57,14 @@ def serve(
 
 
 def verify(
-    model: Annotated[str | None, typer.Option(help="Model to try; default: the embedded one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
     pruning_ratio: Annotated[
         float | None, typer.Option(help="Ratio to try; wins over the file's, and is 0.5 without one.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Try the settings of this vLLM --config file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Prove the installation: versions, dense and filtered generation side by side, what was filtered."""
+    """Check the installation: versions, dense and filtered text side by side, and what was filtered."""
     from vllm_tokenfilter.cli.verify import print_report
     from vllm_tokenfilter.integration.offline import verification
     from vllm_tokenfilter.local.settings_file import read_settings
@@ -83,25 +84,25 @@ def verify(
 def plan(
     model_config: Annotated[str, typer.Option(help="A config.json, a folder that holds one, or a Hugging Face id.")],
     context: Annotated[int, typer.Option(help="The longest request, in tokens: vLLM's max_model_len.")],
-    gpu_memory: Annotated[float | None, typer.Option(help="Of one GPU, in GiB.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU, in GiB.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio; repeatable.")] = None,
     config: Annotated[
-        list[Path] | None, typer.Option(help="Also the settings of this vLLM --config file; repeatable.")
+        list[Path] | None, typer.Option(help="Also plan the settings of this vLLM --config file; repeatable.")
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU that vLLM takes.")] = 0.92,
-    overhead: Annotated[float, typer.Option(help="GiB a GPU for activations, CUDA graphs and libraries.")] = 2.0,
-    weights: Annotated[float | None, typer.Option(help="GiB of the whole model; default: found out.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory that vLLM takes.")] = 0.92,
+    overhead: Annotated[float, typer.Option(help="GiB per GPU for activations, CUDA graphs and libraries.")] = 2.0,
+    weights: Annotated[float | None, typer.Option(help="GiB of all weights; default: from the model.")] = None,
     kv_cache: Annotated[
-        float | None, typer.Option(help="GiB a GPU of KV cache, where known; nothing is deducted.")
+        float | None, typer.Option(help="GiB of KV cache per GPU, if you know it; nothing is deducted.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of weights and KV cache: auto, bfloat16, float16, float32.")] = "auto",
-    block_size: Annotated[int, typer.Option(help="Tokens of a block: 16 on GPUs, 32 on CPU.")] = 16,
-    prefill_step: Annotated[int, typer.Option(help="The most prompt tokens of a step.")] = 512,
+    dtype: Annotated[str, typer.Option(help="Weights and KV cache: auto, bfloat16, float16 or float32.")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens per block: 16 on GPUs, 32 on CPU.")] = 16,
+    prefill_step: Annotated[int, typer.Option(help="Most prompt tokens in one step.")] = 512,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens sealed together.")] = None,
-    recent_window: Annotated[int | None, typer.Option(help="Newest tokens that stay whole.")] = None,
+    recent_window: Annotated[int | None, typer.Option(help="Newest tokens, which are never removed.")] = None,
     first_layer: Annotated[int, typer.Option(help="First filtered layer.")] = 0,
-    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer that keeps every token; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Predict how many requests fit and what a token costs, dense and filtered, as vLLM counts at start."""

@@ -17,22 +17,22 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
     context: Annotated[list[int] | None, typer.Option(help="Prompt tokens; repeatable.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="Requests sent together; repeatable.")] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio, a server each; repeatable.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved repeats; one more warms up.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio, a server for each; repeatable.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved repeats, after one to warm up.")] = None,
     output_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
     url: Annotated[
         list[str] | None, typer.Option(help="Measure a running server instead; NAME=URL or URL; repeatable.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Of running servers.")] = None,
-    out: Annotated[Path, typer.Option("--json", help="Result file; one of the same grid is continued.")] = Path(
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the running servers.")] = None,
+    out: Annotated[Path, typer.Option("--json", help="Result file; an interrupted run is continued.")] = Path(
         "bench.json"
     ),
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
-    quick: Annotated[bool, typer.Option(help="A look in under three minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option(help="A first look: under three minutes on two cores.")] = False,
 ) -> None:
     """Measure speed, memory and capacity: stock vLLM against Token Filtering, interleaved over real servers.
 
-    Further flags go to every server, as in `vllm serve`. A server called "stock" is what ratios are taken to.
+    Further flags go to every server, as in `vllm serve`. Ratios are taken to the server called "stock".
     """
     from vllm_tokenfilter.bench.run import BenchmarkPlan, run
     from vllm_tokenfilter.local.models import default_model_path
@@ -70,11 +70,13 @@ def bench(
 
 def evaluate(
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="How tokens are chosen; repeatable.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="How tokens are chosen, such as variance_aware or random; repeatable.")
+    ] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Pruning ratio; repeatable.")] = None,
     window: Annotated[list[int] | None, typer.Option(help="Recent window in tokens; repeatable.")] = None,
     chunk_size: Annotated[list[int] | None, typer.Option(help="Tokens sealed together; repeatable.")] = None,
-    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer that keeps every token; repeatable.")] = None,
     config: Annotated[
         list[Path] | None, typer.Option(help="Also measure the settings of this vLLM --config file; repeatable.")
     ] = None,
@@ -86,18 +88,18 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task; default: all.")] = None,
     recall_length: Annotated[list[int] | None, typer.Option(help="Recall text in tokens; repeatable.")] = None,
-    depth: Annotated[list[float] | None, typer.Option(help="Where the fact stands, 0 to 1; repeatable.")] = None,
+    depth: Annotated[list[float] | None, typer.Option(help="Where the fact is hidden, 0 to 1; repeatable.")] = None,
     kind: Annotated[
         list[str] | None, typer.Option(help="Recall question: passkey, key_value or copy; repeatable. Default: all.")
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Recall trials per kind, length and depth.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of every generator.")] = 0,
-    text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local task rows and text; see docs/evaluation.md.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random generator.")] = 0,
+    text: Annotated[str | None, typer.Option(help="Text to read: wikitext2, builtin, or a UTF-8 file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of task rows and text; see docs/evaluation.md.")] = None,
     out: Annotated[Path, typer.Option("--json", help="Result file; an existing one is continued.")] = Path("eval.json"),
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained page.")] = None,
     quick: Annotated[
-        bool, typer.Option(help="A look in a few minutes: small samples of perplexity and recall.")
+        bool, typer.Option(help="A first look in a few minutes: small samples of perplexity and recall.")
     ] = False,
 ) -> None:
     """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, baselines and dense."""
@@ -142,16 +144,17 @@ def evaluate(
 def tune(
     out: Annotated[Path, typer.Option(help="The YAML file to write, for vLLM's --config.")],
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
-    ratio: Annotated[float, typer.Option(help="Mean pruning ratio over all layers, at least.")] = 0.5,
+    ratio: Annotated[float, typer.Option(help="Least mean pruning ratio over all layers.")] = 0.5,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 1500,
     trials: Annotated[int, typer.Option(min=1, help="Questions per kind and depth.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the windows of text.")] = 1000,
-    text: Annotated[str | None, typer.Option(help="wikitext2, builtin, or a UTF-8 file.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local text; see docs/evaluation.md.")] = None,
-    device: Annotated[str | None, typer.Option(help="Of PyTorch; default: a GPU if there is one.")] = None,
-    out_json: Annotated[Path | None, typer.Option("--json", help="Also write every trial.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the questions and of the windows of text.")] = 1000,
+    text: Annotated[str | None, typer.Option(help="Text to read: wikitext2, builtin, or a UTF-8 file.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder with local text; see docs/evaluation.md.")] = None,
+    device: Annotated[str | None, typer.Option(help="PyTorch device; default: a GPU if there is one.")] = None,
+    out_json: Annotated[Path | None, typer.Option("--json", help="Also write every trial to this file.")] = None,
     reuse: Annotated[
-        Path | None, typer.Option(help="Take the layers' trials from such a file: another ratio in a minute.")
+        Path | None,
+        typer.Option(help="Take the layers' trials from such a file: another ratio takes a minute."),
     ] = None,
 ) -> None:
     """Find a model's retrieval layers once, and write the settings that prune the others; needs no data of yours."""
@@ -166,7 +169,7 @@ def tune(
 
 def inspect(
     text: Annotated[Path, typer.Option(help="UTF-8 file.")],
-    html: Annotated[Path, typer.Option(help="The page to write; self-contained.")],
+    html: Annotated[Path, typer.Option(help="The page to write: one self-contained HTML file.")],
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the model's chat template; the file may be a JSON list of messages.")
     ] = False,
@@ -174,9 +177,9 @@ def inspect(
     ratio: Annotated[float, typer.Option(help="Pruning ratio.")] = 0.5,
     window: Annotated[int, typer.Option(help="Recent window in tokens.")] = 64,
     chunk_size: Annotated[int, typer.Option(help="Tokens sealed together.")] = 64,
-    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer kept whole; repeatable.")] = None,
-    limit: Annotated[int, typer.Option(help="Tokens of the text that are read.")] = 2048,
-    step: Annotated[int, typer.Option(help="Tokens read at once; 1 is exactly what decoding sees, and slow.")] = 16,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="A layer that keeps every token; repeatable.")] = None,
+    limit: Annotated[int, typer.Option(help="Most tokens of the text to read.")] = 2048,
+    step: Annotated[int, typer.Option(help="Tokens read at once; 1 is exactly what decoding sees, but slow.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """See what is dropped from one text: a page of its tokens, layers, similarities and changed predictions."""

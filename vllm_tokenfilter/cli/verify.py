@@ -48,6 +48,6 @@ def _counted(answer: dict[str, Any]) -> dict[str, Any]:
         rows["cudagraph_mode"] = status.cudagraph_mode
     if dense := counters.reads_dense:
         filtered, done = counters.reads_filtered, counters.reads_done
-        rows["cache reads of decoding spared by KV filtering"] = f"{1 - filtered / dense:.1%}"
-        rows["cache reads of decoding spared by attention skipping"] = f"{(filtered - done) / dense:.1%}"
+        rows["cache reads of decoding saved by KV filtering"] = f"{1 - filtered / dense:.1%}"
+        rows["cache reads of decoding saved by attention skipping"] = f"{(filtered - done) / dense:.1%}"
     return rows

@@ -88,7 +88,7 @@ class EvaluationPlan:
             if name not in QUALITY_METRICS
         ]
         reasons += [f"length={length} is too short to score; use at least 2." for length in self.lengths if length < 2]
-        reasons += [f"depth={depth} is outside 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
+        reasons += [f"depth={depth} must be from 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
         reasons += [
             f"kind={kind} is unknown; use one of {', '.join(recall.KINDS)}."
             for kind in self.kinds

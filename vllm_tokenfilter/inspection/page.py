@@ -87,7 +87,7 @@ def _summary(seen: Inspection, config: FilterConfig) -> str:
         "entries pruned there": f"{found['pruned_share']:.1%}",
         "perplexity, dense": f"{found['dense_perplexity']:.2f}",
         "perplexity, filtered": f"{found['filtered_perplexity']:.2f}",
-        "same likeliest next token": f"{found['same_choice']:.1%}",
+        "same most likely next token": f"{found['same_choice']:.1%}",
         "divergence from dense": f"{found['kl']:.3f} nats",
     }
     items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in shown.items())
@@ -157,13 +157,13 @@ def _maps() -> str:
             "layers-table",
             sample("key", "var(--key)") + sample("value (dashed)", "var(--value)"),
             "Cosine of a token's key and value to the decayed mean of those before it, mean over heads and the layers "
-            "shown. What is alike in both is redundant.",
+            "shown. A token that is similar in both is redundant.",
         )
         + figure(
             "cost",
             "Probability of the next token: filtered minus dense",
             "loss-table",
-            sample("less likely, filtered (below)", "var(--cost)") + sample("likelier (above)", "var(--gain)"),
+            sample("less likely, filtered (below)", "var(--cost)") + sample("more likely (above)", "var(--gain)"),
             "At each position, how the probability of the token that really follows changes.",
         )
     )

@@ -45,7 +45,7 @@ class InspectionRequest:
         """
         reasons = unwritable(html=self.html)
         if self.config.pruning_ratio == 0:
-            reasons.append("pruning_ratio=0 drops nothing, so there is nothing to see; use one above 0.")
+            reasons.append("pruning_ratio=0 removes nothing, so there is nothing to see; use one above 0.")
         if not self.text.is_file():
             reasons.append(f"text={self.text} must be a UTF-8 file that exists.")
         if self.limit < 2:

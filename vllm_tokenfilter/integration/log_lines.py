@@ -36,7 +36,7 @@ def start_block(plan: LayerPlan, config: FilterConfig, vllm_config: VllmConfig) 
         f"requests shorter than {layout.first_seal} tokens are dense",
         f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens"
         if config.selector == "anchor"
-        else f"  redundancy: the rival method {config.selector}",
+        else f"  redundancy: the baseline {config.selector}",
     ]
     options = config.attention_skipping
     if options.ratio > 0:

@@ -148,7 +148,7 @@ REFUSALS = (
     ),
     Refusal(
         "chunk_size",
-        "is more than a GPU program ranks at once",
+        "is more tokens than a GPU program ranks at once",
         f"use at most {MAX_CHUNK_SIZE} on a GPU",
         lambda vllm_config, config: (
             config.chunk_size if current_platform.is_cuda() and config.chunk_size > MAX_CHUNK_SIZE else None
@@ -163,13 +163,13 @@ REFUSALS = (
     Refusal(
         "enable_prefix_caching",
         "shares whole blocks, and the kept tokens of a chunk must fill them",
-        "choose chunk_size and pruning_ratio such that chunk_size and the tokens a chunk keeps are multiples of "
+        "choose chunk_size and pruning_ratio so that chunk_size and the tokens a chunk keeps are multiples of "
         "block_size (and a selector other than recency), or use --no-enable-prefix-caching",
         lambda vllm_config, config: _unshareable_prefixes(vllm_config, config),
     ),
     Refusal(
         "disable_hybrid_kv_cache_manager",
-        "gives all layers the blocks of one kind, and layers of different ratios, dense ones too, need their own",
+        "gives all layers blocks of one kind, and layers with different ratios (dense ones too) need their own",
         "leave it out, or give every layer the same ratio",
         lambda vllm_config, config: _one_kind_of_blocks(vllm_config, config),
     ),
@@ -289,7 +289,7 @@ REFUSALS = (
     Refusal(
         "attention_skipping.ratio",
         "decides from all KV heads, and tensor parallelism splits them over ranks",
-        "use tensor_parallel_size=1, or 0 here",
+        "use tensor_parallel_size=1, or attention_skipping.ratio=0",
         lambda vllm_config, config: (
             config.attention_skipping.ratio
             if config.attention_skipping.ratio > 0 and vllm_config.parallel_config.tensor_parallel_size > 1
@@ -298,7 +298,7 @@ REFUSALS = (
     ),
     Refusal(
         "inner_backend",
-        "may plan a step's reads ahead of its forward, and attention skipping shortens them inside it",
+        "may plan a step's reads before its forward pass, and attention skipping shortens them during it",
         "use inner_backend: TRITON_ATTN on a GPU, or attention_skipping.ratio=0",
         lambda vllm_config, config: (
             config.inner_backend

@@ -270,7 +270,7 @@ def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
     if args.enable_prefix_caching is None and config.inner_backend == "FLASHINFER":
         args.enable_prefix_caching = False
         logger.info(
-            "Token Filtering: prefix caching, on by default, is switched off: it cannot be had over FLASHINFER."
+            "Token Filtering: prefix caching, on by default, is switched off: it cannot be used over FLASHINFER."
         )
     if args.enable_prefix_caching is None and config.schedule.kind in ("tail", "linear"):
         args.enable_prefix_caching = False
@@ -304,16 +304,16 @@ def _layouts(config: FilterConfig) -> set[Layout]:
 def _nearest_fit(config: FilterConfig, block_size: int) -> str:
     """What to change for prefix caching, in words."""
     if config.selector == "recency":
-        return "every other selector would have it"
+        return "every other selector allows it"
     if config.schedule.kind != "uniform":
-        return "ratios that keep whole blocks in every layer would have it"
+        return "ratios that keep whole blocks in every layer allow it"
     error = abs(config.layout.effective_ratio - config.pruning_ratio)
     for chunk_size in range(block_size, 4096 + 1, block_size):
         other = config.model_copy(update={"chunk_size": chunk_size})
         fits = chunk_size >= config.anchor_terms and refusals.can_share_prefixes(other, [other.layout], block_size)
         if fits and abs(other.layout.effective_ratio - config.pruning_ratio) <= error:
-            return f"chunk_size={chunk_size} with recent_window={max(chunk_size, config.recent_window)} would have it"
-    return "another pruning_ratio, such as 0.5, would have it"
+            return f"chunk_size={chunk_size} with recent_window={max(chunk_size, config.recent_window)} allows it"
+    return "another pruning_ratio, such as 0.5, allows it"
 
 
 def _limit_steps(args: EngineArgs) -> None:

@@ -28,7 +28,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError([f"config={path} cannot be read ({reason}); pass a YAML file in UTF-8."]) from None
     if not isinstance(settings, dict):
-        raise ConfigError([f"config={path} holds no settings; write one `flag: value` a line."])
+        raise ConfigError([f"config={path} holds no settings; write one `flag: value` per line."])
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name, *inner = key.split(".")
@@ -64,7 +64,7 @@ def read_named_settings(paths: Iterable[Path]) -> dict[str, FilterConfig]:
     found: dict[str, FilterConfig] = {}
     for path in paths:
         if path.stem in found:
-            raise ConfigError([f"config={path} has the name of another file, {path.stem}; rename one of them."])
+            raise ConfigError([f"config={path} has the same name as another file, {path.stem}; rename one of them."])
         found[path.stem] = read_settings(path)
     return found
 

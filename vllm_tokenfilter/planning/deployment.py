@@ -90,7 +90,7 @@ def _check(deployment: Deployment) -> None:
         if value is not None and value <= 0
     ]
     if deployment.gpu_memory is None and deployment.cache is None:
-        reasons.append("gpu-memory is missing; pass the GiB of one GPU, or --kv-cache with those of the KV cache.")
+        reasons.append("gpu-memory is missing; pass the GiB of one GPU, or those of the KV cache as --kv-cache.")
     if not 0 < deployment.utilization <= 1:
         reasons.append(f"gpu-memory-utilization={deployment.utilization:g} must be above 0 and at most 1.")
     if reasons:

@@ -32,7 +32,7 @@ def read_shape(model: str, dtype: str, weight_bytes: int | None) -> Shape:
         own = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
         dtype = "bfloat16" if own == "float32" else own
     if dtype not in _BYTES:
-        raise PlanError(f"dtype={dtype} is not planned for; use one of {', '.join(_BYTES)}.")
+        raise PlanError(f"dtype={dtype} must be auto or one of {', '.join(_BYTES)}.")
     heads, head_size = kv_heads(text)
     return Shape(
         layers=_layers(text),
@@ -74,11 +74,11 @@ def _unplannable(config: Any, text: Any) -> list[str]:
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("is an encoder-decoder, which Token Filtering does not serve")
     if not getattr(text, "num_hidden_layers", None) or not getattr(text, "num_attention_heads", None):
-        reasons.append("names no num_hidden_layers or num_attention_heads")
+        reasons.append("has no num_hidden_layers or num_attention_heads")
     if isinstance(getattr(text, "num_key_value_heads", None), list) or getattr(text, "global_head_dim", None):
-        reasons.append("has layers of different numbers of heads or dimensions, which are not planned for")
+        reasons.append("has layers of different numbers of heads or dimensions, which plan does not model")
     if unknown := set(getattr(text, "layer_types", None) or ()) - set(_KINDS):
-        reasons.append(f"has layers of type {', '.join(sorted(unknown))}, which are not planned for")
+        reasons.append(f"has layers of type {', '.join(sorted(unknown))}, which plan does not model")
     return reasons
 
 

@@ -57,7 +57,7 @@ class TuningRequest:
         if not 0 < self.ratio < 1:
             reasons.append(f"ratio={self.ratio:g} must be above 0 and below 1.")
         if self.length < 600:
-            reasons.append(f"length={self.length} leaves nothing to prune behind the recent window; use at least 600.")
+            reasons.append(f"length={self.length} leaves nothing to prune before the recent window; use at least 600.")
         if reasons:
             raise EvaluationError(reasons)
 

@@ -35,7 +35,7 @@ def pruned_layers(ratio: float, num_layers: int) -> tuple[int, int]:
             return max(1, count), chunk
     highest = int(most * num_layers) / num_layers * heavy
     raise EvaluationError(
-        f"ratio={ratio:g} leaves too few layers whole; use at most {math.floor(highest * 100) / 100:g}."
+        f"ratio={ratio:g} leaves too few layers dense; use at most {math.floor(highest * 100) / 100:g}."
     )
 
 

@@ -101,7 +101,7 @@ class FilteringBuilder(CountingBuilder):
         if shares and self.inner_name == "FLASHINFER":
             raise UnsupportedError(
                 [
-                    "enable_prefix_caching=True cannot be had over FLASHINFER, which plans on the host with lengths "
+                    "enable_prefix_caching=True cannot be used over FLASHINFER, which plans on the host with lengths "
                     "that only the device knows after a hit; use --no-enable-prefix-caching, or another inner_backend."
                 ]
             )
@@ -200,7 +200,7 @@ def _open_cache(layers: dict[int, Attention], cache_dtype: str) -> GpuCache:
         return GpuCache.over(caches, list(layers), _FP8_TYPES.get(cache_dtype, caches[0].dtype))
     except ValueError as error:
         raise UnsupportedError(
-            [f"kv_cache_dtype={cache_dtype} gives {error}, which is not known; use kv_cache_dtype=auto."]
+            [f"kv_cache_dtype={cache_dtype} gives {error}, which is not supported; use kv_cache_dtype=auto."]
         ) from error
 
 

@@ -68,7 +68,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "tokens",
         (),
-        "Tokens computed: prompts without what the prefix cache had, and output; recomputed ones count again.",
+        "Tokens computed: output, and prompts except what the prefix cache held; recomputed tokens count again.",
         _total("tokens_seen"),
     ),
     Metric(
@@ -116,7 +116,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "seconds",
         (),
-        "Time in the sealing kernel, summed over all workers and KV-cache groups; on a GPU the device's own.",
+        "Time in the sealing kernel, summed over all workers and KV-cache groups; on a GPU, device time.",
         _total("seal_seconds"),
     ),
     Metric(
@@ -124,7 +124,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "attentions",
         (),
-        "Attentions (a token in a layer that skips, behind the warm-up) that could have been skipped.",
+        "Attentions (a token in a layer that skips, after the warm-up) that could have been skipped.",
         _total("attentions_decided"),
     ),
     Metric(
@@ -148,7 +148,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "blocks",
         ("layers",),
-        "KV-cache blocks that unfinished requests would hold beyond that if nothing were filtered.",
+        "Further KV-cache blocks that unfinished requests would hold if nothing were filtered, per layer set.",
         _per_layer_set(lambda group: group.blocks_dense - group.blocks_held),
     ),
     Metric(
@@ -212,7 +212,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "info",
         ("version", *FilterConfig.model_fields),
-        "1 for the settings in force; settings that a change at run time replaced go to 0.",
+        "1 for the settings in force, 0 for settings that a change at run time replaced.",
         lambda status: [((__version__, *map(str, status.settings_in_force.values())), 1)],
     ),
 )
