@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+import functools
+import inspect
 import os
 
 import pytest
@@ -43,6 +45,24 @@ def _interpret_triton_where_there_is_no_gpu():
 _interpret_triton_where_there_is_no_gpu()
 
 
+@functools.cache
+def _builtin_names(module):
+    from triton.language.core import is_builtin
+
+    return [name for name, member in inspect.getmembers(module) if is_builtin(member)]
+
+
+def _patch_builtin_quickly(module, *how):
+    """What Triton's interpreter does in every call of a function, for which it looks through the whole language."""
+    from triton.language.core import is_builtin
+    from triton.runtime.interpreter import _patch_attr
+
+    for name in _builtin_names(module):
+        member = getattr(module, name)
+        if is_builtin(member):
+            _patch_attr(module, name, member, *how)
+
+
 @pytest.fixture(scope="module")
 def interpreted():
     """Our GPU kernels as Python functions, in place of those that Triton would compile."""
@@ -53,18 +73,19 @@ def interpreted():
     import importlib
     import pkgutil
 
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
     from vllm_tokenfilter.kernels import gpu
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # Triton asks again where kernels are launched
+        patch.setattr(interpreter, "_patch_builtin", _patch_builtin_quickly)
         for found in pkgutil.iter_modules(gpu.__path__, f"{gpu.__name__}."):
             module = importlib.import_module(found.name)
             for name, kernel in list(vars(module).items()):
                 if isinstance(kernel, JITFunction):
-                    patch.setattr(module, name, InterpretedFunction(kernel.fn))
+                    patch.setattr(module, name, interpreter.InterpretedFunction(kernel.fn))
         yield
 
 
@@ -88,7 +109,6 @@ def model_path():
 def prose():
     """Text every installation has: the licence, our README, and some of Python's documented library code."""
     import argparse
-    import inspect
     import pathlib
     import textwrap
 

@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("triton")
 
 CODE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -52,14 +51,14 @@ for kernel, constants in KERNELS:
     signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
-    assert compiled.asm["cubin"]
+    for capability in (80, 90):
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"]
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_for_a_gpu(capability):
-    done = subprocess.run([sys.executable, "-c", CODE, str(capability)], capture_output=True, text=True, check=False)
+def test_the_kernels_compile_for_two_generations_of_gpus():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

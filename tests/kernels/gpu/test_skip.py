@@ -129,10 +129,11 @@ def plan_of(length):
 
 CASES = [
     # tokens, dtype, KV heads, head size, block size, order, ratio, fusion, history, terms
-    (300, torch.float32, 2, 64, 16, True, 0.5, "variance_aware", 48, 32),
-    (130, torch.bfloat16, 4, 80, 32, False, 0.25, "variance_aware", 64, 64),
-    (130, torch.float16, 1, 64, 64, True, 0.8, "mean", 33, 7),
-    (130, torch.float8_e4m3fn, 3, 32, 16, False, 0.5, "key", 64, 33),
+    (160, torch.float32, 2, 64, 16, True, 0.5, "variance_aware", 48, 32),
+    (110, torch.bfloat16, 3, 80, 32, False, 0.25, "variance_aware", 64, 64),
+    (110, torch.float16, 1, 64, 64, True, 0.8, "mean", 33, 7),
+    (110, torch.float8_e4m3fn, 2, 32, 16, False, 0.5, "key", 64, 33),
+    pytest.param((300, torch.float32, 2, 64, 16, True, 0.5, "variance_aware", 48, 32), marks=pytest.mark.slow),
     *[
         pytest.param((500, dtype, heads, 64, size, True, ratio, "variance_aware", 64, 64), marks=pytest.mark.slow)
         for dtype, heads, size in ((torch.bfloat16, 8, 16), (torch.float32, 1, 128))
@@ -142,7 +143,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} tokens of {case[1]}".replace("torch.", ""))
-def test_decisions_over_hundreds_of_decoded_tokens_follow_the_formulas_and_the_cpu(case):
+def test_decisions_over_many_decoded_tokens_follow_the_formulas_and_the_cpu(case):
     length, dtype, heads, dims, size, heads_first, ratio, fusion, history, terms = case
     warmup = 20
     rule = SkipRule(terms, fusion, 0.9, history, warmup, 4, 16)
@@ -225,7 +226,7 @@ def test_how_a_text_is_cut_into_steps_or_launched_changes_no_decision(decoding):
 
 def test_decisions_go_on_over_seals_in_every_layer():
     layout = Layout(16, 8, 32, 4, 16)
-    rule, length = SkipRule(16, "variance_aware", 0.9, 32, 20, 4, 16), 110
+    rule, length = SkipRule(16, "variance_aware", 0.9, 32, 20, 4, 16), 90
     group, texts = group_of(torch.bfloat16, 1, 32, 16, True, length, num_layers=2, rule=rule, layout=layout)
     own = reference.Settings(W=32, M=16, skip=(0.5, 0.3), warmup=20)
     found = {(row, layer): [] for row in range(2) for layer in range(2)}
@@ -242,7 +243,7 @@ def test_decisions_go_on_over_seals_in_every_layer():
         scores = reference.redundancy(*(x.float() for x in texts[row][layer]), 0, length, own)
         decided, ties = reference.decide(scores, own, layer, theirs=decisions, tie=1e-5)
         assert torch.equal(decided, decisions) and ties <= 3
-    assert sealed_chunks(length, layout) == 4
+    assert sealed_chunks(length, layout) == 3
 
 
 def test_tokens_that_go_nowhere_are_left_alone_and_counted_nowhere():
@@ -275,22 +276,22 @@ def test_tokens_that_go_nowhere_are_left_alone_and_counted_nowhere():
 def test_the_substitute_none_is_zero_and_nothing_else_changes(dtype):
     rule = SkipRule(8, "variance_aware", 0.9, 16, 1, 4, 16)
     group, texts = group_of(torch.float32, 2, 16, 16, True, 64, rows=2, rule=rule)
-    feed(group, texts, [40, 30])
-    before = torch.randn(72, 32, dtype=dtype)
+    feed(group, texts, [24, 16])
+    before = torch.randn(42, 32, dtype=dtype)
     outputs = before.clone()
-    decisions = torch.cat(group.step([40, 30], 0.5, outputs=outputs))
-    assert decisions.any() and not outputs[:70][decisions].any()
-    assert torch.equal(outputs[:70][~decisions], before[:70][~decisions]) and torch.equal(outputs[70:], before[70:])
+    decisions = torch.cat(group.step([24, 16], 0.5, outputs=outputs))
+    assert decisions.any() and not outputs[:40][decisions].any()
+    assert torch.equal(outputs[:40][~decisions], before[:40][~decisions]) and torch.equal(outputs[40:], before[40:])
 
 
-@pytest.mark.parametrize("window, softcap", [(16, 0.0), (1, 0.0), (400, 0.0), (40, 5.0)])
+@pytest.mark.parametrize("window, softcap", [(16, 0.0), (1, 0.0), (400, 0.0), (20, 5.0)])
 @pytest.mark.parametrize("heads, group_size, dims, size", [(2, 3, 32, 16), (1, 1, 80, 32)])
 def test_the_window_is_plain_attention_to_sinks_and_newest(window, softcap, heads, group_size, dims, size):
     rule = SkipRule(8, "mean", 0.9, 16, 1, 4, window)
     group, texts = group_of(
         torch.float32, heads, dims, size, False, 60, rule=rule, substitute="window", num_heads=heads * group_size
     )
-    for counts in ((40, 3), (1, 30)):
+    for counts in ((26, 3), (1, 14)):
         feed(group, texts, counts)
         total = sum(counts) + 2
         queries = torch.randn(total, heads * group_size, dims)
@@ -333,7 +334,7 @@ def test_the_windows_keys_and_values_of_an_fp8_cache_are_scaled():
 
 @pytest.mark.parametrize("layout", [None, Layout(16, 8, 32, 4, 16)], ids=["dense", "filtered"])
 def test_means_of_outputs_go_on_across_steps_blocks_and_seals(layout):
-    rule, length = SkipRule(8, "mean", 0.9, 48, 20, 4, 16), 110
+    rule, length = SkipRule(8, "mean", 0.9, 48, 20, 4, 16), 90
     group, texts = group_of(
         torch.float32, 1, 80, 16, True, length, rule=rule, substitute="running_output", layout=layout, num_heads=2
     )
@@ -357,7 +358,7 @@ def test_means_of_outputs_go_on_across_steps_blocks_and_seals(layout):
                     state[row] = [0.9 * mean + 0.1 * before[token].double(), 0.9 * weight + 0.1]
                 token += 1
         assert torch.equal(outputs[token:], before[token:])
-    assert replaced > 80
+    assert replaced > 60
 
 
 def test_the_bytes_of_means_are_what_is_allocated():
