@@ -24,7 +24,7 @@ def prepared(monkeypatch, settings, ratio):
 def test_a_schedule_over_layers_is_told_how_to_start_for_another_ratio(monkeypatch, settings):
     answer = prepared(monkeypatch, settings, 0.25)
     kind = settings["schedule"]["kind"]
-    assert answer["refused"].startswith(f"pruning_ratio=0.25 cannot follow at run time with schedule.kind={kind}")
+    assert answer["refused"].startswith(f"pruning_ratio=0.25 cannot change at run time with schedule.kind={kind}")
     assert "schedule.kind=uniform (--pruning-ratio alone for the embedded model)" in answer["refused"]
 
 

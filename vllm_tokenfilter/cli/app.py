@@ -47,9 +47,9 @@ def serve(
 ) -> None:
     """Run vLLM's OpenAI-compatible server with Token Filtering on; any vLLM server flag can follow.
 
-    Without a model it serves SmolLM2-135M-Instruct, which is made ready on the first start, on 127.0.0.1 and in eager
-    mode (quick to start); pass --no-enforce-eager to compile it. Unless told how, it then prunes the layers that
-    `tune` found to need it least, to half of the cache as a mean over all.
+    Without a model it serves SmolLM2-135M-Instruct, which it makes ready on the first start, on 127.0.0.1 and in eager
+    mode, which starts quickly; pass --no-enforce-eager to compile it. Unless told otherwise, it then removes half of
+    the sealed tokens, as a mean over all layers, and none from the retrieval layers that `tune` found.
     """
     from vllm_tokenfilter.cli.serve import run
 
@@ -59,7 +59,7 @@ def serve(
 def verify(
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
     pruning_ratio: Annotated[
-        float | None, typer.Option(help="Ratio to try; wins over the file's, and is 0.5 without one.")
+        float | None, typer.Option(help="Pruning ratio to try; wins over the file's. 0.5 if neither is given.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Try the settings of this vLLM --config file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

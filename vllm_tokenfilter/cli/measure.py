@@ -23,7 +23,7 @@ def bench(
     url: Annotated[
         list[str] | None, typer.Option(help="Measure a running server instead; NAME=URL or URL; repeatable.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the running servers.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the servers.")] = None,
     out: Annotated[Path, typer.Option("--json", help="Result file; an interrupted run is continued.")] = Path(
         "bench.json"
     ),
@@ -102,7 +102,7 @@ def evaluate(
         bool, typer.Option(help="A first look in a few minutes: small samples of perplexity and recall.")
     ] = False,
 ) -> None:
-    """Measure quality at equal budget: perplexity, the paper's tasks, recall; ours, baselines and dense."""
+    """Measure quality at equal budget: perplexity, the paper's tasks and recall; this method, baselines and dense."""
     from vllm_tokenfilter.evaluation.plan import EvaluationPlan
     from vllm_tokenfilter.evaluation.run import run
     from vllm_tokenfilter.evaluation.texts import load_text
@@ -144,7 +144,7 @@ def evaluate(
 def tune(
     out: Annotated[Path, typer.Option(help="The YAML file to write, for vLLM's --config.")],
     model: Annotated[str | None, typer.Option(help="Path or Hugging Face id; default: the embedded model.")] = None,
-    ratio: Annotated[float, typer.Option(help="Least mean pruning ratio over all layers.")] = 0.5,
+    ratio: Annotated[float, typer.Option(help="Mean pruning ratio over all layers; the result may be higher.")] = 0.5,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 1500,
     trials: Annotated[int, typer.Option(min=1, help="Questions per kind and depth.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the questions and of the windows of text.")] = 1000,
@@ -168,7 +168,7 @@ def tune(
 
 
 def inspect(
-    text: Annotated[Path, typer.Option(help="UTF-8 file.")],
+    text: Annotated[Path, typer.Option(help="The text: a UTF-8 file.")],
     html: Annotated[Path, typer.Option(help="The page to write: one self-contained HTML file.")],
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the model's chat template; the file may be a JSON list of messages.")
@@ -182,7 +182,7 @@ def inspect(
     step: Annotated[int, typer.Option(help="Tokens read at once; 1 is exactly what decoding sees, but slow.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """See what is dropped from one text: a page of its tokens, layers, similarities and changed predictions."""
+    """Show what is removed from one text: a page of its tokens, layers, similarities and changed predictions."""
     from vllm_tokenfilter.config import FilterConfig
     from vllm_tokenfilter.inspection.run import InspectionRequest, run
 

@@ -22,7 +22,7 @@ class StepCounters:
         rows_filtered: rows that read a filtered cache.
         rows_dense: rows that read every token, by reason.
         seals: kernel calls.
-        seal_seconds: time spent in them; on a GPU the device's, see `gpu_clock.py`.
+        seal_seconds: time spent in them; on a GPU the device's, see `gpu/clock.py`.
         attentions_decided: attentions of a token in a layer that skips, once the warm-up is over.
         attentions_skipped: attentions among them that were skipped.
         reads_dense: cache entries (a token in a layer) that rows of one new token would have read without us.

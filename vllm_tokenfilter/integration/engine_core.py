@@ -201,12 +201,12 @@ class Control:
             )
         if not current_platform.is_cpu():
             return (
-                f"pruning_ratio={config.pruning_ratio:g} cannot follow at run time on a GPU in this version; restart "
+                f"pruning_ratio={config.pruning_ratio:g} cannot change at run time on a GPU in this version; restart "
                 "the server."
             )
         if config.schedule.kind != "uniform":
             return (
-                f"pruning_ratio={config.pruning_ratio:g} cannot follow at run time with schedule.kind="
+                f"pruning_ratio={config.pruning_ratio:g} cannot change at run time with schedule.kind="
                 f"{config.schedule.kind}, which gives every KV-cache group a layout of its own; restart the server "
                 "with that ratio, or with schedule.kind=uniform (--pruning-ratio alone for the embedded model)."
             )

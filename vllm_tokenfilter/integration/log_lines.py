@@ -32,8 +32,8 @@ def start_block(plan: LayerPlan, config: FilterConfig, vllm_config: VllmConfig) 
             for row in table
         ]
     lines += [
-        f"  always whole: the newest {config.recent_window} tokens; the first {config.sink_tokens} always stay; "
-        f"requests shorter than {layout.first_seal} tokens are dense",
+        f"  never removed: the newest {config.recent_window} tokens and the first {config.sink_tokens}; requests "
+        f"shorter than {layout.first_seal} tokens stay dense",
         f"  redundancy: {config.fusion}, anchor decay {config.anchor_decay:g} over {config.anchor_terms} tokens"
         if config.selector == "anchor"
         else f"  redundancy: the baseline {config.selector}",

@@ -219,8 +219,8 @@ REFUSALS = (
     ),
     Refusal(
         "attention_config.backend_per_kind",
-        "gives kinds of layers a backend of their own, and which layers are filtered is ours to say",
-        "leave it out, select TOKEN_FILTERING for all, and keep layers whole with dense_layers",
+        "selects a backend for each kind of layer, but the plugin decides which layers are filtered",
+        "leave it out, select TOKEN_FILTERING for all layers, and name those to keep dense in dense_layers",
         lambda vllm_config, config: _only(list(vllm_config.attention_config.backend_per_kind)),
     ),
     Refusal(

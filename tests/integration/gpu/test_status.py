@@ -108,5 +108,5 @@ def test_another_ratio_at_run_time_is_refused_on_a_gpu_in_one_sentence(monkeypat
     control = engine_core.Control.__new__(engine_core.Control)
     control._core, control.config = SimpleNamespace(), FilterConfig()
     assert control.prepare(0.25) == {
-        "refused": "pruning_ratio=0.25 cannot follow at run time on a GPU in this version; restart the server."
+        "refused": "pruning_ratio=0.25 cannot change at run time on a GPU in this version; restart the server."
     }

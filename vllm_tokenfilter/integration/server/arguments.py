@@ -227,7 +227,9 @@ def _options(words: list[str], where: str) -> list[Option]:
     try:
         reader.parse_args(words, found)
     except (IndexError, RecursionError):
-        raise ConfigError([f"{where}: a flag with a dot in its name has no value; write it behind the name."]) from None
+        raise ConfigError(
+            [f"{where}: a flag with a dot in its name has no value; write the value after the name."]
+        ) from None
     options: list[Option] = []
     for option in found.options:
         if option.name == "attention_config":

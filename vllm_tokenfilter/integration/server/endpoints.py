@@ -65,7 +65,8 @@ async def _export(engine_client: Any) -> None:
             exporter.count_failure()
             if not failing:
                 logger.exception(
-                    "Token Filtering: the engines did not say what they count, so metrics stand still until they do."
+                    "Token Filtering: the engines do not answer for their counters; metrics keep their last values "
+                    "until they do."
                 )
             failing = True
         await asyncio.sleep(METRICS_INTERVAL_S)

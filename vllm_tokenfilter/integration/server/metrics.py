@@ -204,7 +204,7 @@ METRICS: tuple[Metric, ...] = (
         "counter",
         "looks",
         (),
-        "Looks at the engines that failed, once a second at most; the other metrics are older by as many.",
+        "Failed polls of the engines, at most one a second; meanwhile the other metrics keep their last values.",
         lambda status: [],
     ),
     Metric(

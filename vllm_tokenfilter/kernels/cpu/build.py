@@ -54,7 +54,7 @@ def load_kernel() -> ctypes.CDLL:
         raise UnsupportedError(
             [
                 f"the CPU kernels are compiled into {library.parent}, which cannot be used ({error}); "
-                "set XDG_CACHE_HOME to a folder that can be written."
+                "set XDG_CACHE_HOME to a writable folder."
             ]
         ) from error
 
@@ -100,7 +100,7 @@ def _compile(library: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UnsupportedError(
-                    [f"CC={compiler} cannot build the CPU kernel ({done.stderr.strip()[-300:]}); set CC anew."]
+                    f"CC={compiler} cannot build the CPU kernel ({done.stderr.strip()[-300:]}); set CC to another one."
                 )
         with compiled.open("ab") as file:
             file.write(hashlib.sha256(compiled.read_bytes()).digest())
