@@ -47,8 +47,9 @@ value out of range is refused at start. Words such as *seal*, *chunk* and *sink*
 
 `vllm-tokenfilter serve` takes every flag of `vllm serve`, in all its spellings, and settings from a file and from flags
 together: flags win over the file key by key, and `--pruning-ratio` wins over both. By itself it sets only
-`--attention-backend` and `--additional-config`, and for the embedded model also what you leave open of `--host`,
-`--served-model-name`, `--max-model-len`, `--dtype`, the size of the KV cache and compilation (`--enforce-eager`).
+`--attention-backend`, `--additional-config` and, where you do not, `--shutdown-timeout`. For the embedded model it also
+sets what you leave open of `--host`, `--served-model-name`, `--max-model-len`, `--dtype`, the size of the KV cache and
+compilation (`--enforce-eager`).
 
 Together the settings must satisfy:
 

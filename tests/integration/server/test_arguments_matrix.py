@@ -1,7 +1,7 @@
 """`vllm-tokenfilter serve` gives vLLM the engine arguments that `vllm serve` has, over the ways to spell them.
 
-Documented differences: the attention backend and `additional_config` are ours, and a `false` in a file counts however
-its key is written.
+Documented differences: the attention backend and `additional_config` are ours, answers in flight may finish at the end,
+and a `false` in a file counts however its key is written.
 """
 
 import os
@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from vllm_tokenfilter.integration.server.arguments import server_arguments, server_parser
+from vllm_tokenfilter.integration.server.arguments import SHUTDOWN_TIMEOUT_S, server_arguments, server_parser
 
 MODEL = "some/model"
 OURS = {"attention_backend", "additional_config"}
@@ -66,6 +66,8 @@ FLAGS = [
     "--override-generation-config.temperature 0.5",
     "--generation-config vllm --trust-remote-code",
     "--kv-transfer-config.kv_connector X --kv-transfer-config.kv_role kv_both --kv-transfer-config.engine_id e",
+    "--shutdown-timeout 5",
+    "--shutdown_timeo=1",
     "--revision v1.0 --tokenizer -tok",
 ]
 
@@ -83,6 +85,7 @@ FILES = [
     {"model": "another/model", "seed": -1},
     {"optimization-level": 3, "gpu-memory-utilization": 0.5},
     {"no-enable-prefix-caching": True},
+    {"shutdown_timeout": 5},
     {"revision": "1.10", "tokenizer-mode": "slow", "kv-cache-memory-bytes": "2G"},
 ]
 
@@ -94,7 +97,8 @@ def parser():
 
 def spelled(parsed):
     """Every argument of the server and its engine, without what is ours."""
-    return {name: repr(value) for name, value in vars(parsed).items() if name not in OURS | {"config"}}
+    named = {name: repr(value) for name, value in vars(parsed).items() if name not in OURS | {"config"}}
+    return named | ({"shutdown_timeout": str(SHUTDOWN_TIMEOUT_S)} if parsed.shutdown_timeout == 0 else {})
 
 
 def parse(parser, words):
