@@ -44,7 +44,10 @@ class Step:
 
 
 def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, device="cpu"):
-    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers."""
+    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers.
+
+    As in model runner V2, whether rows are prefilling is told of real ones alone, and lengths of padded ones too.
+    """
     computed, queries = np.array(computed), np.array(queries)
     seq_lens = np.concatenate([computed + queries, np.zeros(padded)]).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(queries), np.full(padded, queries.sum())]).astype(np.int32)
@@ -59,7 +62,7 @@ def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, devi
         torch.from_numpy(starts.copy()),
         torch.from_numpy(seq_lens).to(device),
         torch.from_numpy(seq_lens.copy()),
-        torch.tensor([*(computed == 0 if prefilling is None else prefilling), *[False] * padded]),
+        torch.tensor([*(computed == 0 if prefilling is None else prefilling)]),
         int(seq_lens.max()),
         len(seq_lens),
         torch.from_numpy(np.concatenate([tables, np.zeros((padded, tables.shape[1]), np.int32)])).to(device),
