@@ -257,9 +257,7 @@ def test_every_way_to_split_a_step_is_refused(on_cuda, setting, value):
         return {row.setting: seen for row in about if (seen := row.found(vllm_config, FilterConfig())) is not None}
 
     split = types.SimpleNamespace(**{"enable_dbo": False, "ubatch_size": 0, setting: value})
-    assert ParallelConfig.use_ubatching.fget(split), (
-        "vLLM splits steps by these settings alone: integration/refusals.py"
-    )
+    assert ParallelConfig.use_ubatching.fget(split), "vLLM splits steps by these alone: integration/refusals.py"
     assert found(split) == {setting: value}
     assert found(ParallelConfig()) == {}
 

@@ -368,22 +368,3 @@ def test_the_steps_time_their_seals():
     assert steps.counters.seal_seconds == 0, "warming the kernels up is no seal"
     steps.adjust(step([200], [1], tables))
     assert steps.counters.seals == 1 and steps.counters.seal_seconds > 0
-
-
-@pytest.mark.parametrize("ranks, total", [(2, 4), (4, 2), (4, 1)])
-def test_ranks_join_every_head_once_in_the_models_order(monkeypatch, ranks, total):
-    pytest.importorskip("vllm")
-    from vllm_tokenfilter.integration.gpu import backend as gpu_backend
-
-    own, replicas = max(1, total // ranks), max(1, ranks // total)
-    heads = [list(range(rank // replicas * own, rank // replicas * own + own)) for rank in range(ranks)]
-    scores = [torch.tensor(rank, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 3, -1, 2, 8) for rank in heads]
-
-    class Group:
-        def all_gather(self, mine, dim):
-            assert mine.shape == scores[0].shape
-            return torch.cat(scores, dim)
-
-    monkeypatch.setattr(gpu_backend, "get_tp_group", Group)
-    joined = gpu_backend._gather_heads(total, scores[0])
-    assert joined.shape == (2, 3, total, 2, 8) and joined[1, 2, :, 0, 5].tolist() == list(range(total))
