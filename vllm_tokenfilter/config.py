@@ -1,4 +1,4 @@
-"""Every setting of Token Filtering, in one frozen model that neither torch nor vLLM is needed for.
+"""Every setting of Token Filtering, in one frozen model; needs neither torch nor vLLM.
 
 Read once at start from vLLM's `additional_config["token_filtering"]` (a mapping in YAML). The reference
 page docs/configuration.md is generated from this model.

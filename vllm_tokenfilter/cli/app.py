@@ -1,4 +1,4 @@
-"""The command `vllm-tokenfilter`."""
+"""The command `vllm-tokenfilter`, with serve, verify and plan."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What an evaluation measures: a grid of methods and settings, and what of each."""
+"""What an evaluation measures: a grid of methods and settings, and the metrics of each."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prose to read: WikiText-2 where it can be had, a file of the user's, or what every Python brings."""
+"""Running text to read: WikiText-2, a file of the user's, or the language reference that comes with Python."""
 
 import os
 from pathlib import Path

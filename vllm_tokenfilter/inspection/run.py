@@ -1,4 +1,4 @@
-"""Looks at one text: reads it, feeds it to an engine dense and filtered, and writes the page."""
+"""Inspects one text: reads it, feeds it to an engine dense and filtered, and writes the page."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The text that is looked at, cut into tokens."""
+"""The text to inspect, cut into tokens."""
 
 import json
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Sealing kernels: tensors, strides and integers in, nothing else; no configuration, no request, no vLLM type."""
+"""Kernels: tensors, strides and integers in, nothing else; no configuration, no request, no vLLM type."""

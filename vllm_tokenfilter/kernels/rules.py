@@ -1,4 +1,4 @@
-"""How tokens are ranked and attention is skipped, and the codes the kernels of both devices know this by.
+"""How tokens are ranked and attention is skipped, and the codes by which the kernels of both devices know it.
 
 Numbers only: what a device's kernels are handed is made from these in kernels/cpu and kernels/gpu.
 

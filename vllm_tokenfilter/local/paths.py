@@ -1,4 +1,4 @@
-"""Where files made on this machine are kept, and the writing of those that were asked for."""
+"""Where files made on this machine are kept, and how files that the user named are checked and written."""
 
 import os
 from pathlib import Path

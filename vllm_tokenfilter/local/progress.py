@@ -1,4 +1,4 @@
-"""How what takes long says where it is."""
+"""Progress: what long work calls to say how far it is."""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Result files: JSON with a line for each thing measured, written whole or not at all, and continued where they end."""
+"""Result files: JSON with a line for each thing measured, written whole or not at all, and resumed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Any settings in one engine: layers of several layouts that share a KV-cache group, laid out anew between runs.
+"""Any settings in one engine: layers of several layouts share a KV-cache group, and change their layout between runs.
 
 In service each layout has a KV-cache group of its own, whose blocks follow what it stores. An engine that measures many
 settings starts dense instead, so that its blocks follow the length and any layout fits. The layers of each layout then

@@ -1,4 +1,4 @@
-"""A vLLM engine that scores given tokens with the visibility decoding has: the ground of every quality figure.
+"""A vLLM engine that scores given tokens with the visibility decoding has: the basis of every quality figure.
 
 Scored in one prefill step, every token is still raw and the filter does nothing. Here each sequence is fed in steps of
 at most `step_tokens`, so that a token sees what it would see had the text before it been decoded, up to one step.

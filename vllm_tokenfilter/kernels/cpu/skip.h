@@ -1,4 +1,4 @@
-/* What the CPU kernels of attention skipping share: the rule, a step's rows, and what a layer decided of them.
+/* What the CPU kernels of attention skipping share: the rule, a step's rows, and what a layer decided about them.
 
    A step's tokens are in the cache before any of this runs. What a decision needs of earlier tokens is carried by physical
    slot (a score and a debt) or block (the anchors behind its newest token): nothing belongs to a request.

@@ -1,4 +1,4 @@
-/* What stands for a skipped attention on the CPU, in one layer: nothing, the mean of earlier outputs, or attention to the
+/* What replaces a skipped attention on the CPU, in one layer: nothing, the mean of earlier outputs, or attention to the
    sinks and the newest tokens. docs/skipping.md has the formulas. */
 
 #include "skip.h"

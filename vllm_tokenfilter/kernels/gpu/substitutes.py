@@ -1,4 +1,4 @@
-"""What stands for a skipped attention on the GPU, one launch in a layer: zero, attention to the nearest, or a mean.
+"""What replaces a skipped attention on the GPU, one launch in a layer: zero, attention to the nearest, or a mean.
 
 Names: D head size, TILE tokens or columns at a time, GROUP query heads of one KV head.
 
