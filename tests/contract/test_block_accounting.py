@@ -123,6 +123,8 @@ class Accounting(RuleBasedStateMachine):
         while self.waiting and budget > 0 and len(self.running) < 5:
             row = self.waiting[0]
             found, num_found, _ = self.manager.get_computed_blocks(row.request)
+            for layout in filter(None, self.layouts if num_found else ()):
+                assert num_found <= row.request.num_tokens - layout.recent_window, "the newest tokens are not raw"
             count = min(row.request.num_tokens - num_found, STEP, budget)
             blocks = self.manager.allocate_slots(
                 row.request, count, num_found, found, full_sequence_must_fit=True, has_scheduled_reqs=bool(scheduled)

@@ -1,6 +1,7 @@
 """The layout arithmetic against a list that is really packed, for all valid settings."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from vllm_tokenfilter.layout import (
     peak_slots,
     removed_tokens,
     sealed_chunks,
+    shares_prefixes,
     stored_tokens,
 )
 
@@ -103,3 +105,11 @@ def test_the_example_of_the_documentation():
     assert [sealed_chunks(n, layout) for n in (0, 64, 127, 128, 191, 192, 4000)] == [0, 0, 0, 1, 1, 2, 61]
     assert stored_tokens(4000, layout) == 4000 - 61 * 32 == 2048
     assert layout.effective_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    "chunk, kept, block, shares",
+    [(64, 32, 32, True), (128, 32, 32, True), (64, 16, 32, False), (96, 32, 64, False), (64, 64, 32, False)],
+)
+def test_prefixes_are_shared_where_chunks_and_what_they_keep_fill_whole_blocks(chunk, kept, block, shares):
+    assert shares_prefixes(Layout(chunk, kept, chunk, 4, 32), block) == shares
