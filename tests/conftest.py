@@ -42,7 +42,15 @@ def _interpret_triton_where_there_is_no_gpu():
         del os.environ["TRITON_INTERPRET"]
 
 
-_interpret_triton_where_there_is_no_gpu()
+def pytest_configure(config):
+    # The process that only hands out work to others runs no test.
+    if not getattr(config.option, "numprocesses", None):
+        _interpret_triton_where_there_is_no_gpu()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start engines go first, so that no worker is left with one while the others have nothing to do."""
+    items.sort(key=lambda item: item.path.parent.name not in ("engine", "serving"))
 
 
 @functools.cache
@@ -103,6 +111,14 @@ def model_path():
     from vllm_tokenfilter.local.models import default_model_path
 
     return str(default_model_path())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, model_path):
+    """Folder of the model in tests/tiny.py, with the embedded model's tokenizer."""
+    from tests import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny"), model_path)
 
 
 @pytest.fixture(scope="session")

@@ -71,48 +71,45 @@ class Result:
 
 def redundancy(keys, values, start, end, settings, origin=0):
     """Score positions start..end-1 from raw keys and values [H, T, D], in float64; nothing before origin counts."""
-    positions = torch.arange(start, end)
-    back = torch.arange(1, settings.M + 1)
-    history = positions[:, None] - back[None, :]
-    weights = (1 - settings.g) * settings.g ** (back - 1).double()
-    weights = weights.expand_as(history) * (history >= origin)
+    first = max(origin, start - settings.M)
+    distance = torch.arange(start, end)[:, None] - torch.arange(first, end)[None, :]
+    counts = (distance >= 1) & (distance <= settings.M)
+    weights = torch.where(counts, (1 - settings.g) * settings.g ** (distance - 1).clamp(min=0).double(), 0.0)
     total = weights.sum(1, keepdim=True)
     weights = torch.where(total > 0, weights / total, 0.0)
     similar = []
     for x in (keys.double(), values.double()):
-        anchor = (weights[None, :, :, None] * x[:, history.clamp(min=0)]).sum(2)
-        similar.append(torch.cosine_similarity(x[:, positions], anchor, dim=-1, eps=1e-300))
+        similar.append(torch.cosine_similarity(x[:, start:end], weights @ x[:, first:end], dim=-1, eps=1e-300))
     k, v = similar
     var_k, var_v = k.var(0, correction=0), v.var(0, correction=0)
     a = torch.where(var_k + var_v == 0, 0.5, var_v / (var_k + var_v))
     return a * k.mean(0) + (1 - a) * v.mean(0)
 
 
-def decide(scores, settings, layer, start=0, count=None, theirs=None, tie=1e-4):
+def decide(scores, settings, layer, known=(), theirs=None, tie=1e-4):
     """Which tokens a layer skips, from the scores of all its tokens: a loop over the formulas of docs/skipping.md.
 
     Exact in fractions, so that only the scores are float.
 
     Args:
-        scores: of positions start .. , float64.
+        scores: of positions 0 .. , float64.
         settings: the settings.
         layer: its index.
-        start: position of the first score.
-        count: only so many decisions; None for all.
+        known: decisions of the first positions, made before.
         theirs: the backend's decisions, taken over where a near tie explains the difference.
         tie: scores this close count as equal.
 
     Returns:
-        bool [num_tokens], and how many decisions were taken over.
+        bool [num_tokens], and how many of the decisions that were not known were taken over.
     """
     from fractions import Fraction
 
     ratio = Fraction(round(settings.skip[layer] * 10000), 10000)
-    skipped, debt, ties = [], Fraction(0), 0
-    for t in range(len(scores) if count is None else count):
-        position = start + t
+    skipped, ties = list(known), 0
+    debt = ratio * max(0, len(skipped) - settings.warmup) - sum(skipped)
+    for t in range(len(skipped), len(scores)):
         recent = scores[max(0, t - settings.history) : t]
-        if position < settings.warmup:
+        if t < settings.warmup:
             skipped.append(False)
             continue
         level = ratio + debt / 8
@@ -123,7 +120,7 @@ def decide(scores, settings, layer, start=0, count=None, theirs=None, tie=1e-4):
         skip = above(int((recent < scores[t]).sum()))
         if theirs is not None and bool(theirs[t]) != skip:
             surely, perhaps = int((recent < scores[t] - tie).sum()), int((recent < scores[t] + tie).sum())
-            assert above(surely) != above(perhaps), f"layer {layer}, position {position}: skip is {skip} without a tie"
+            assert above(surely) != above(perhaps), f"layer {layer}, position {t}: skip is {skip} without a tie"
             skip, ties = bool(theirs[t]), ties + 1
         skipped.append(skip)
         debt += ratio - skip
@@ -227,7 +224,6 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
     logprobs = [torch.full((start, config.vocab_size), torch.nan)]
     skip_scores = [torch.zeros(0, dtype=torch.float64) for _ in layers]
     means = [[torch.zeros(config.num_attention_heads * layers[0].self_attn.head_dim).double(), 0.0] for _ in layers]
-    skip_ties = [0 for _ in layers]
     result.skipped = [torch.zeros(0, dtype=torch.bool) for _ in layers]
     if start:
         for index, pieces in enumerate(taken_over):
@@ -262,9 +258,9 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
                 new = redundancy(keys[index][0], values[index][0], computed, end, settings, 0)
                 skip_scores[index] = torch.cat([skip_scores[index], new])
                 theirs = None if backend_skips is None else backend_skips[index]
-                result.skipped[index], ties = decide(skip_scores[index], settings, index, 0, end, theirs, tie)
-                result.near_ties += max(0, ties - skip_ties[index])
-                skip_ties[index] = ties
+                known = result.skipped[index].tolist()
+                result.skipped[index], ties = decide(skip_scores[index], settings, index, known, theirs, tie)
+                result.near_ties += ties
                 result.choices += step
                 stored = torch.arange(computed)[visible[index, :computed]]
                 _substitute(

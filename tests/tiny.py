@@ -1,6 +1,7 @@
 """A small random Llama whose heads can be split over two ranks: four query heads, two KV heads, four layers."""
 
-import pytest
+#: Bytes of one block of 32 tokens in float32: four layers, two KV heads of 32, keys and values.
+BLOCK_BYTES = 32 * 4 * 2 * 32 * 2 * 4
 
 
 def save(folder, tokenizer, **changes):
@@ -27,8 +28,3 @@ def save(folder, tokenizer, **changes):
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, model_path):
-    return save(tmp_path_factory.mktemp("tiny"), model_path)

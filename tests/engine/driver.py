@@ -8,8 +8,6 @@ import numpy as np
 
 from vllm_tokenfilter.layout import stored_tokens
 
-#: Bytes of one block of 32 tokens of SmolLM2-135M in float32: 30 layers, 3 KV heads of 64, keys and values.
-BLOCK_BYTES = 32 * 30 * 3 * 64 * 2 * 4
 #: The largest difference of a log-probability to the reference's, in float32.
 TOLERANCE = 2e-3
 

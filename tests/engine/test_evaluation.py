@@ -1,5 +1,6 @@
 """The evaluation against independent computations: Hugging Face when dense, the reference when filtered."""
 
+import dataclasses
 import json
 import math
 
@@ -20,7 +21,7 @@ def no_progress(description, units):
 
 
 @pytest.fixture(scope="module")
-def result(model_path, prose, tmp_path_factory):
+def plan(model_path, prose, tmp_path_factory):
     pytest.importorskip("lm_eval")
     folder = tmp_path_factory.mktemp("data")
     rows = [
@@ -34,7 +35,7 @@ def result(model_path, prose, tmp_path_factory):
     (folder / "boolq.jsonl").write_text("\n".join(map(json.dumps, rows)))
     short = [{"query": "Question: Where is Rome?", "choices": ["Italy", "Peru"], "gold": 0}] * 2
     (folder / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, short)))
-    plan = EvaluationPlan(
+    return EvaluationPlan(
         model=model_path,
         methods=["variance_aware"],
         ratios=[0.5],
@@ -49,10 +50,19 @@ def result(model_path, prose, tmp_path_factory):
         trials=4,
         data_dir=folder,
     )
-    out = tmp_path_factory.mktemp("result") / "eval.json"
-    found = evaluation.run(plan, ("prose", prose), out, no_progress)
-    again = evaluation.run(plan, ("prose", prose), out.with_name("again.json"), no_progress)
-    return found, again, out, plan
+
+
+@pytest.fixture(scope="module")
+def result(plan, prose, tmp_path_factory):
+    return evaluation.run(plan, ("prose", prose), tmp_path_factory.mktemp("result") / "eval.json", no_progress)
+
+
+@pytest.fixture(scope="module")
+def repeated(plan, tiny_model, prose, tmp_path_factory):
+    """The same plan for a tiny model, which is a matter of seconds, twice; with the first file."""
+    plan = dataclasses.replace(plan, model=tiny_model)
+    files = [tmp_path_factory.mktemp("result") / "eval.json" for _ in range(2)]
+    return plan, files[0], *(evaluation.run(plan, ("prose", prose), file, no_progress) for file in files)
 
 
 def cell(found, method, metric):
@@ -81,7 +91,7 @@ def test_dense_perplexity_is_hugging_faces(result, independent):
     model, windows = independent
     with torch.no_grad():
         want = perplexity(lambda window: model(torch.tensor([window])).logits[0].log_softmax(-1), windows)
-    got = cell(result[0], "dense", "perplexity").values
+    got = cell(result, "dense", "perplexity").values
     assert got["perplexity"] == pytest.approx(want, rel=0.005)
     assert got["kl"] == 0 and got["top1_agreement"] == 1
 
@@ -90,15 +100,15 @@ def test_filtered_perplexity_is_the_references(result, independent):
     model, windows = independent
     steps = [64] * (LENGTH // 64)
     want = perplexity(lambda w: reference.run(model, w, steps, reference.Settings()).logprobs, windows)
-    got = cell(result[0], "variance_aware", "perplexity").values
+    got = cell(result, "variance_aware", "perplexity").values
     assert got["perplexity"] == pytest.approx(want, rel=0.01)
-    assert got["perplexity"] != pytest.approx(cell(result[0], "dense", "perplexity").values["perplexity"], rel=1e-4)
+    assert got["perplexity"] != pytest.approx(cell(result, "dense", "perplexity").values["perplexity"], rel=1e-4)
     assert got["kl"] > 0 and got["top1_agreement"] < 1
 
 
 @pytest.mark.parametrize("metric", ["perplexity", "boolq", "recall"])
 def test_filtering_half_changes_the_score_and_says_what_it_removed(result, metric):
-    dense, ours = cell(result[0], "dense", metric), cell(result[0], "variance_aware", metric)
+    dense, ours = cell(result, "dense", metric), cell(result, "variance_aware", metric)
     assert ours.filter_active and ours.tokens_pruned > 0
     assert not dense.filter_active and dense.tokens_pruned == 0
     if metric != "boolq":  # six rows may be judged alike
@@ -108,31 +118,31 @@ def test_filtering_half_changes_the_score_and_says_what_it_removed(result, metri
 def test_a_task_of_short_prompts_is_reported_as_inactive_not_as_a_result(result):
     from vllm_tokenfilter.reports.tables import evaluation_tables
 
-    ours = cell(result[0], "variance_aware", "arc_easy")
+    ours = cell(result, "variance_aware", "arc_easy")
     assert not ours.filter_active and ours.tokens_pruned == 0
     assert ours.rows_dense["shorter_than_window_and_chunk"] > 0
-    rows = dict(evaluation_tables(result[0].model_dump(mode="json")))[f"arc_easy: {result[0].model}"]
+    rows = dict(evaluation_tables(result.model_dump(mode="json")))[f"arc_easy: {result.model}"]
     assert "filter inactive" in next(row for row in rows if row[0] == "variance_aware")
 
 
-def test_the_same_seed_gives_exactly_the_same_figures(result):
-    found, again, *_ = result
+def test_the_same_seed_gives_exactly_the_same_figures(repeated):
+    *_, found, again = repeated
     assert [cell.values for cell in found.cells] == [cell.values for cell in again.cells]
     assert [cell.samples for cell in found.cells] == [cell.samples for cell in again.cells]
 
 
-def test_an_interrupted_run_resumes_with_what_is_missing(result, prose):
-    found, _, out, plan = result
-    saved = json.loads(out.read_text())
+def test_an_interrupted_run_resumes_with_what_is_missing(repeated, prose):
+    plan, file, found, _ = repeated
+    saved = json.loads(file.read_text())
     missing = saved["cells"].pop(7)
-    out.write_text(json.dumps(saved))
+    file.write_text(json.dumps(saved))
     measured = []
 
     def progress(description, units):
         measured.append(description)
         return lambda: None
 
-    resumed = evaluation.run(plan, ("prose", prose), out, progress)
+    resumed = evaluation.run(plan, ("prose", prose), file, progress)
     assert sum(not description.startswith("dense") for description in measured) == 1
     assert resumed.cells[-1].values == missing["values"]
     assert len(resumed.cells) == len(found.cells)

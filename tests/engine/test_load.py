@@ -3,20 +3,20 @@
 import pytest
 
 from tests import reference
-from tests.engine.driver import BLOCK_BYTES, Engine, check
+from tests.engine.driver import Engine, check
 
 
 @pytest.mark.slow
-def test_a_load_that_stock_vllm_cannot_hold_equals_the_reference(model_path, model, tokens):
+def test_a_load_that_stock_vllm_cannot_hold_equals_the_reference(embedded, tokens):
     """32 requests of 1500 tokens and 500 more, where stock vLLM has room for 17; every fourth is compared."""
     monkeypatch = pytest.MonkeyPatch()
     engine = Engine(
         monkeypatch,
-        model_path,
+        embedded.path,
         {"pruning_ratio": 0.5},
         max_model_len=8192,
         max_num_seqs=32,
-        kv_cache_memory_bytes=1071 * BLOCK_BYTES,
+        kv_cache_memory_bytes=1071 * embedded.block_bytes,
         disable_log_stats=False,
     )
     engine.settings = reference.Settings(ratio=0.5)
@@ -26,6 +26,6 @@ def test_a_load_that_stock_vllm_cannot_hold_equals_the_reference(model_path, mod
     engine.drain()
     metrics = {metric.name: metric.value for metric in engine.llm.get_metrics() if hasattr(metric, "value")}
     assert metrics["vllm:num_preemptions"] == 0
-    check(engine, model, names[::4])
+    check(engine, embedded.model, names[::4])
     engine.close()
     monkeypatch.undo()

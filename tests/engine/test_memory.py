@@ -5,25 +5,25 @@ import random
 import pytest
 
 from tests import reference
-from tests.engine.driver import BLOCK_BYTES, Engine, check
+from tests.engine.driver import Engine, Record, check
 
 NUM_BLOCKS = 41
 CANARY = 12345.0
 
 
 @pytest.fixture(scope="module")
-def engine(model_path):
+def engine(subject):
     """Room for one request of the longest length and a little more: five requests of 450 tokens cannot all stay."""
     monkeypatch = pytest.MonkeyPatch()
     engine = Engine(
         monkeypatch,
-        model_path,
+        subject.path,
         {"pruning_ratio": 0.5},
         max_model_len=1200,
         max_num_seqs=16,
         max_num_batched_tokens=256,
         long_prefill_token_threshold=128,
-        kv_cache_memory_bytes=NUM_BLOCKS * BLOCK_BYTES,
+        kv_cache_memory_bytes=NUM_BLOCKS * subject.block_bytes,
         disable_log_stats=False,
     )
     engine.settings = reference.Settings(ratio=0.5)
@@ -47,26 +47,26 @@ def taken_over(engine, name):
     return [run.start for run in engine.records[name].runs]
 
 
-def test_a_preempted_request_is_recomputed_or_taken_over_to_the_same_tokens(engine, model, tokens):
+def test_a_preempted_request_is_recomputed_or_taken_over_to_the_same_tokens(engine, subject, tokens):
     names = [f"preempt{i}." for i in range(6)]
     for i, name in enumerate(names):
         engine.add(name, tokens[i * 300 : i * 300 + 200 + i], 300)
     engine.drain()
     assert any(len(engine.records[name].runs) > 1 for name in names), "the pool was large enough for everyone"
-    check(engine, model, names)
+    check(engine, subject.model, names)
 
 
-def test_a_prompt_seen_before_is_taken_over_up_to_its_recent_window(engine, model, tokens):
+def test_a_prompt_seen_before_is_taken_over_up_to_its_recent_window(engine, subject, tokens):
     prompt = tokens[:700]
     for name in ("first.", "again."):
         engine.add(name, prompt, 40)
         engine.drain()
     assert taken_over(engine, "first.") == [0]
     assert taken_over(engine, "again.") == [(700 - 64) // 64 * 64]
-    check(engine, model, ["first.", "again."])
+    check(engine, subject.model, ["first.", "again."])
 
 
-def test_a_chat_goes_on_from_the_text_the_model_wrote(engine, model, tokens):
+def test_a_chat_goes_on_from_the_text_the_model_wrote(engine, subject, tokens):
     history, previous = tokens[900:1100], 0
     names = []
     for turn in range(4):
@@ -78,10 +78,10 @@ def test_a_chat_goes_on_from_the_text_the_model_wrote(engine, model, tokens):
         assert reused == max(0, previous - 64) // 64 * 64
         previous = len(history) + 119
         history = history + engine.records[names[-1]].output + tokens[2000 + 50 * turn : 2050 + 50 * turn]
-    check(engine, model, names)
+    check(engine, subject.model, names)
 
 
-def test_requests_that_share_a_prefix_side_by_side_equal_the_reference(engine, model, tokens):
+def test_requests_that_share_a_prefix_side_by_side_equal_the_reference(engine, subject, tokens):
     system, names = tokens[300:620], []
     engine.add("warm.", system + tokens[:100], 2)
     engine.drain()
@@ -90,7 +90,7 @@ def test_requests_that_share_a_prefix_side_by_side_equal_the_reference(engine, m
         engine.add(names[-1], system + tokens[1200 + 40 * i : 1300 + 40 * i], 30)
     engine.drain()
     assert all(taken_over(engine, name)[0] == 320 for name in names)
-    check(engine, model, ["warm.", *names])
+    check(engine, subject.model, ["warm.", *names])
 
 
 def test_parallel_samples_of_one_prompt_share_it(engine, tokens):
@@ -120,7 +120,7 @@ def test_the_hit_rate_that_vllm_reports_is_the_tokens_taken_over(engine, tokens)
     assert [now - then for then, now in zip(before, reported(), strict=True)] == [1280, 576]
 
 
-def test_blocks_that_no_request_owns_are_never_touched(engine, model, tokens):
+def test_blocks_that_no_request_owns_are_never_touched(engine, subject, tokens):
     pool = engine.core.scheduler.kv_cache_manager.block_pool
     cache = engine.runner.kv_caches[0]
     names = [f"canary{i}." for i in range(3)]
@@ -140,11 +140,11 @@ def test_blocks_that_no_request_owns_are_never_touched(engine, model, tokens):
         for layer in engine.runner.kv_caches:
             assert (layer[still_free] == CANARY).all(), f"step {step} wrote blocks of no request"
     assert checked > 100 and cache.shape[0] == NUM_BLOCKS
-    check(engine, model, names)
+    check(engine, subject.model, names)
 
 
 @pytest.mark.slow
-def test_two_hundred_random_requests_with_shared_prefixes_equal_the_reference(engine, model, tokens):
+def test_two_hundred_random_requests_with_shared_prefixes_equal_the_reference(engine, subject, tokens):
     draw = random.Random(7)
     names, texts = [], [tokens[i * 350 : i * 350 + 420] for i in range(4)]
     waiting = 200
@@ -166,7 +166,7 @@ def test_two_hundred_random_requests_with_shared_prefixes_equal_the_reference(en
                 texts.append((record.prompt + record.output)[:420])
     names = [name for name in names if engine.records[name].logprobs]
     assert sum(run.start > 0 for name in names for run in engine.records[name].runs) > 50
-    check(engine, model, names)
+    check(engine, subject.model, names)
 
 
 class _Anything(dict):
@@ -176,7 +176,5 @@ class _Anything(dict):
         return True
 
     def __missing__(self, name):
-        from tests.engine.driver import Record
-
         self[name] = Record([])
         return self[name]

@@ -6,32 +6,50 @@ import torch
 from tests import reference
 from tests.engine.driver import Engine, check
 
-POOL_BYTES = 33 * 128 * 30 * 3 * 64 * 2 * 4  # 33 blocks of 128 tokens of SmolLM2-135M in float32
-
+#: Model -> ratio -> settings. The embedded model with real text; a tiny one is as exact a test of other settings.
 SETTINGS = {
-    0.25: {"pruning_ratio": 0.25},
-    0.5: {"pruning_ratio": 0.5},
-    0.75: {"pruning_ratio": 0.75, "dense_layers": [17, 18, 19], "recent_window": 96, "anchor_terms": 32},
+    "embedded": {
+        0.25: {"pruning_ratio": 0.25},
+        0.5: {"pruning_ratio": 0.5},
+        0.75: {"pruning_ratio": 0.75, "dense_layers": [17, 18, 19], "recent_window": 96, "anchor_terms": 32},
+    },
+    "tiny": {
+        0.25: {"pruning_ratio": 0.25},
+        0.75: {"pruning_ratio": 0.75, "dense_layers": [2], "recent_window": 96, "anchor_terms": 32},
+    },
 }
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=lambda ratio: f"ratio {ratio}")
-def engine(request, model_path):
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("embedded", 0.5),
+        ("tiny", 0.25),
+        ("tiny", 0.75),
+        pytest.param(("embedded", 0.25), marks=pytest.mark.slow),
+        pytest.param(("embedded", 0.75), marks=pytest.mark.slow),
+    ],
+    ids=lambda case: f"{case[0]}, ratio {case[1]}",
+)
+def engine(request):
     monkeypatch = pytest.MonkeyPatch()
+    name, ratio = request.param
+    subject = request.getfixturevalue("tiny_subject" if name == "tiny" else "embedded")
+    options = SETTINGS[name][ratio]
     engine = Engine(
         monkeypatch,
-        model_path,
-        SETTINGS[request.param],
+        subject.path,
+        options,
         max_model_len=4096,
         max_num_seqs=8,
         max_num_batched_tokens=4096,
         long_prefill_token_threshold=4096,
         enable_prefix_caching=False,  # the tests repeat prompts; test_memory.py has it on
-        kv_cache_memory_bytes=POOL_BYTES,
+        kv_cache_memory_bytes=132 * subject.block_bytes,
     )
-    options = SETTINGS[request.param]
+    engine.model = subject.model
     engine.settings = reference.Settings(
-        ratio=request.param,
+        ratio=ratio,
         W=options.get("recent_window", 64),
         M=options.get("anchor_terms", 64),
         dense_layers=tuple(options.get("dense_layers", ())),
@@ -54,20 +72,20 @@ def test_the_reference_itself_is_the_model_when_nothing_is_filtered(model, token
     [0, pytest.param(64, marks=pytest.mark.slow), 100, pytest.param(512, marks=pytest.mark.slow)],
     ids=["prefill at once", "prefill by 64", "prefill by 100", "prefill by 512"],
 )
-def test_a_batch_of_prompts_and_their_decoding_equal_the_reference(engine, model, tokens, steps):
+def test_a_batch_of_prompts_and_their_decoding_equal_the_reference(engine, tokens, steps):
     engine.prefill_steps_of(steps)
     names = []
     for i, length in enumerate((10, 127, 129, 400)):
         names.append(f"batch{steps}-{i}.")
         engine.add(names[-1], tokens[i * 90 : i * 90 + length], 72)
     engine.drain()
-    check(engine, model, names)
+    check(engine, engine.model, names)
     for name, length in zip(names, (10, 127, 129, 400), strict=True):
         longest = max(engine.records[name].runs[0].steps)
         assert longest == min(length, steps or length), "the prompt was not cut as asked"
 
 
-def test_requests_that_join_finish_and_abort_leave_the_others_untouched(engine, model, tokens):
+def test_requests_that_join_finish_and_abort_leave_the_others_untouched(engine, tokens):
     engine.prefill_steps_of(100)
     names = [f"mixed{i}." for i in range(8)]
     plan = {
@@ -92,14 +110,14 @@ def test_requests_that_join_finish_and_abort_leave_the_others_untouched(engine, 
             if step == when and not engine.records[names[index]].finished:
                 engine.abort(names[index])
         step += 1
-    check(engine, model, [name for name in names if engine.records[name].logprobs])
+    check(engine, engine.model, [name for name in names if engine.records[name].logprobs])
 
 
-def test_a_long_prompt_equals_the_reference(engine, model, tokens):
+def test_a_long_prompt_equals_the_reference(engine, tokens):
     engine.prefill_steps_of(1024)
     engine.add("long.", tokens[: 3000 if engine.settings.ratio == 0.5 else 1000], 8)
     engine.drain()
-    check(engine, model, ["long."])
+    check(engine, engine.model, ["long."])
     status = engine.status()["counters"]
     assert status["tokens_pruned"] > 0 and status["rows_filtered"] > 0
 
@@ -107,9 +125,9 @@ def test_a_long_prompt_equals_the_reference(engine, model, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 64, 100, 512])
 @pytest.mark.parametrize("length", [10, 129, 700, 1500, 3000])
-def test_every_length_and_step_decodes_128_tokens_like_the_reference(engine, model, tokens, steps, length):
+def test_every_length_and_step_decodes_128_tokens_like_the_reference(engine, tokens, steps, length):
     engine.prefill_steps_of(steps)
     name = f"grid{steps}-{length}."
     engine.add(name, tokens[100 : 100 + length], 128)
     engine.drain()
-    check(engine, model, [name])
+    check(engine, engine.model, [name])

@@ -9,94 +9,110 @@ from pathlib import Path
 import pytest
 
 SCRIPT = str(Path(__file__).parent / "generate.py")
+HALF = {"token_filtering": {"pruning_ratio": 0.5}}
+OURS = {"attention_backend": "TOKEN_FILTERING"}
+#: name -> arguments of LLM.
+STARTS = {
+    "stock": {"enable_prefix_caching": False},
+    "installed": {"enable_prefix_caching": False},
+    "zero": {
+        **OURS,
+        "enable_prefix_caching": False,
+        "additional_config": {"token_filtering": {"pruning_ratio": 0}},
+    },
+    "half": {**OURS, "additional_config": HALF},
+    "custom": {"attention_backend": "CUSTOM", "additional_config": HALF},
+    "implied": {"additional_config": HALF},
+    "compiled": {**OURS, "enforce_eager": False, "additional_config": HALF},
+}
+#: Engines that one process starts one after the other, each in a process of its own.
+TOGETHER = [("stock",), ("installed", "zero", "half", "custom"), ("implied",), ("compiled",)]
 
 
 @pytest.fixture(scope="module")
-def generate(model_path, tmp_path_factory):
+def generate(tiny_model, tmp_path_factory):
+    """What an engine generated, by the name of its start, and its log."""
     folder = tmp_path_factory.mktemp("generated")
-    done = {}
 
-    def run(name, environment=None, prompts=32, status=False, **llm):
-        if name not in done:
-            out = folder / f"{name}.json"
-            llm = {"model": model_path, "enforce_eager": True, **llm}
-            task = {"out": str(out), "llm": llm, "prompts": prompts, "status": status}
-            process = subprocess.run(
-                [sys.executable, SCRIPT, json.dumps(task)],
-                env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **(environment or {})},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert out.exists(), process.stdout[-3000:] + process.stderr[-3000:]
-            done[name] = json.loads(out.read_text()), process.stdout + process.stderr
-        return done[name]
+    def file(name, kind):
+        return folder / f"{name}.{kind}"
 
-    return run
+    def start(names):
+        tasks = [
+            {
+                "out": str(file(name, "json")),
+                "log": str(file(name, "log")),
+                "llm": {"model": tiny_model, "enforce_eager": True, **STARTS[name]},
+                "prompts": 32 if "additional_config" not in STARTS[name] or name == "zero" else 8,
+                "status": "additional_config" in STARTS[name],
+            }
+            for name in names
+        ]
+        environment = {"VLLM_PLUGINS": "none"} if names == ("stock",) else {}
+        done = subprocess.run(
+            [sys.executable, SCRIPT, json.dumps(tasks)],
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        logs = [file(name, "log").read_text() for name in names if file(name, "log").exists()]
+        assert done.returncode == 0, done.stderr[-2000:] + "".join(logs)[-3000:]
 
+    def found(name):
+        if not file(name, "json").exists():
+            start(next(names for names in TOGETHER if name in names))
+        return json.loads(file(name, "json").read_text()), file(name, "log").read_text()
 
-HALF = {"token_filtering": {"pruning_ratio": 0.5}}
+    return found
 
 
 def test_installed_but_not_configured_is_stock_vllm_bit_for_bit(generate):
-    stock, _ = generate("stock", {"VLLM_PLUGINS": "none"}, enable_prefix_caching=False)
-    installed, _ = generate("installed", enable_prefix_caching=False)
+    stock, _ = generate("stock")
+    installed, _ = generate("installed")
     assert installed == stock
 
 
 def test_ratio_zero_is_stock_vllm_bit_for_bit(generate):
-    stock, _ = generate("stock", {"VLLM_PLUGINS": "none"}, enable_prefix_caching=False)
-    ours, log = generate(
-        "zero",
-        status=True,
-        enable_prefix_caching=False,
-        attention_backend="TOKEN_FILTERING",
-        additional_config={"token_filtering": {"pruning_ratio": 0}},
-    )
+    stock, _ = generate("stock")
+    ours, log = generate("zero")
     assert ours["tokens"] == stock["tokens"]
     assert ours["logprobs"] == stock["logprobs"]
-    assert ours["status"][0]["layers"]["dense"] == {"pruning_ratio_zero": list(range(30))}
+    assert ours["status"][0]["layers"]["dense"] == {"pruning_ratio_zero": [0, 1, 2, 3]}
     assert "filters no layer" in log
 
 
 def test_a_spawned_engine_filters_counts_and_says_so(generate):
-    ours, log = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
-    stock, _ = generate("stock", {"VLLM_PLUGINS": "none"}, enable_prefix_caching=False)
+    ours, log = generate("half")
+    stock, _ = generate("stock")
     status = ours["status"][0]
-    assert status["backend"] == "TOKEN_FILTERING" and status["layers"]["filtered"] == list(range(30))
+    assert status["backend"] == "TOKEN_FILTERING" and status["layers"]["filtered"] == [0, 1, 2, 3]
     status = status["counters"]
     assert 0 < status["tokens_pruned"] == status["tokens_sealed"] // 2 < status["tokens_seen"]
     assert status["rows_dense"]["shorter_than_window_and_chunk"] > 0
     assert ours["logprobs"] != stock["logprobs"][:8], "nothing changed, so nothing was filtered"
-    assert "Token Filtering is on" in log and "layers filtered: 0-29" in log
+    assert "Token Filtering is on" in log and "layers filtered: 0-3" in log
     assert "prefix caching: on, sealed chunks are shared" in log
     assert "Token Filtering totals" in log, "the counters were not logged at shutdown"
 
 
 def test_custom_and_settings_alone_select_the_same_backend(generate):
-    named, _ = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
-    custom, _ = generate("custom", prompts=8, status=True, attention_backend="CUSTOM", additional_config=HALF)
+    named, _ = generate("half")
+    custom, _ = generate("custom")
     assert custom["tokens"] == named["tokens"] and custom["logprobs"] == named["logprobs"]
     assert custom["status"][0]["counters"]["tokens_pruned"] == named["status"][0]["counters"]["tokens_pruned"]
 
 
 @pytest.mark.slow
 def test_settings_without_a_backend_name_select_it_too(generate):
-    named, _ = generate("half", prompts=8, status=True, attention_backend="TOKEN_FILTERING", additional_config=HALF)
-    implied, _ = generate("implied", prompts=8, status=True, additional_config=HALF)
+    named, _ = generate("half")
+    implied, _ = generate("implied")
     assert implied["tokens"] == named["tokens"]
 
 
 @pytest.mark.slow
 def test_a_compiled_engine_filters(generate):
-    compiled, _ = generate(
-        "compiled",
-        prompts=8,
-        status=True,
-        enforce_eager=False,
-        attention_backend="TOKEN_FILTERING",
-        additional_config=HALF,
-    )
+    compiled, _ = generate("compiled")
     assert compiled["status"][0]["counters"]["tokens_pruned"] > 0
     assert all(len(tokens) == 64 for tokens in compiled["tokens"])
 

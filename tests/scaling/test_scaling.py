@@ -26,7 +26,6 @@ from tests.serving.running import (
     settled,
     totals_of,
 )
-from tests.tiny import tiny_model  # noqa: F401  (a fixture)
 from vllm_tokenfilter.bench.servers import free_port
 from vllm_tokenfilter.local.provenance import provenance
 from vllm_tokenfilter.local.result_file import write_result
@@ -65,7 +64,7 @@ def generate(folder, model, prefix=(), env=None, **arguments):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, tiny_model):  # noqa: F811
+def one(tmp_path_factory, tiny_model):
     return generate(tmp_path_factory.mktemp("one"), tiny_model)
 
 
@@ -95,12 +94,12 @@ def compare(one, spread, num_workers):
     }
 
 
-def test_two_tensor_parallel_ranks_choose_and_write_like_one(tmp_path, tiny_model, one, measured):  # noqa: F811
+def test_two_tensor_parallel_ranks_choose_and_write_like_one(tmp_path, tiny_model, one, measured):
     spread = generate(tmp_path, tiny_model, env=TWO_CORES, tensor_parallel_size=2)
     measured["tensor_parallel_2"] = compare(one, spread, 2)
 
 
-def test_two_workers_that_ray_placed_choose_and_write_like_one(tmp_path, tiny_model, one, measured):  # noqa: F811
+def test_two_workers_that_ray_placed_choose_and_write_like_one(tmp_path, tiny_model, one, measured):
     ray = pytest.importorskip("ray", reason="pip install '.[scaling]'")
     # Ray listens on every interface, so it gets a network of its own that has none but the loopback.
     alone = ["unshare", "--net", "--map-root-user"]
@@ -133,7 +132,7 @@ def test_two_workers_that_ray_placed_choose_and_write_like_one(tmp_path, tiny_mo
 PROMPTS = prompts_of(16, [30, 60, 90, 120])
 
 
-def test_two_data_parallel_engines_behind_two_api_servers_are_one_server(tiny_model, measured):  # noqa: F811
+def test_two_data_parallel_engines_behind_two_api_servers_are_one_server(tiny_model, measured):
     flags = ["--model", tiny_model, "--no-enable-prefix-caching", *TINY_FLAGS]
     with serve(*flags) as (url, _, _):
         expected, _ = complete(url, PROMPTS, 150)
@@ -166,7 +165,7 @@ def test_two_data_parallel_engines_behind_two_api_servers_are_one_server(tiny_mo
     }
 
 
-def test_a_router_spreads_requests_over_two_servers(tiny_model, measured):  # noqa: F811
+def test_a_router_spreads_requests_over_two_servers(tiny_model, measured):
     if importlib.util.find_spec("vllm_router") is None:
         pytest.skip("pip install '.[scaling]'")
     flags = ["--model", tiny_model, "--no-enable-prefix-caching", *TINY_FLAGS]

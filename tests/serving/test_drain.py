@@ -7,9 +7,7 @@ import httpx
 import pytest
 
 from tests.serving.running import complete, prompts_of, serve
-from tests.tiny import tiny_model  # noqa: F401  (a fixture)
-
-BLOCK = 32 * 4 * 2 * 32 * 2 * 4  # 32 tokens of four layers of two KV heads of 32, keys and values in float32
+from tests.tiny import BLOCK_BYTES
 
 
 def preemptions(url):
@@ -18,9 +16,9 @@ def preemptions(url):
 
 
 @pytest.mark.slow
-def test_requests_that_lose_their_blocks_meanwhile_still_finish_first(tiny_model):  # noqa: F811
+def test_requests_that_lose_their_blocks_meanwhile_still_finish_first(tiny_model):
     flags = ["--model", tiny_model, "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-    flags += ["--kv-cache-memory-bytes", str(30 * BLOCK), "--no-enable-prefix-caching", "--max-num-seqs", "16"]
+    flags += ["--kv-cache-memory-bytes", str(30 * BLOCK_BYTES), "--no-enable-prefix-caching", "--max-num-seqs", "16"]
     with serve(*flags) as (url, _, _):
         ended = []
 

@@ -8,7 +8,6 @@ import psutil
 import pytest
 
 from tests.serving.running import TINY_FLAGS, serve
-from tests.tiny import tiny_model  # noqa: F401  (a fixture)
 
 
 def engine_of(process):
@@ -16,7 +15,7 @@ def engine_of(process):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_an_answer_in_flight_is_finished_before_the_server_ends(tiny_model, stop):  # noqa: F811
+def test_an_answer_in_flight_is_finished_before_the_server_ends(tiny_model, stop):
     body = {"model": tiny_model, "prompt": "Once", "max_tokens": 150, "ignore_eos": True, "stream": True}
     with serve("--model", tiny_model, *TINY_FLAGS) as (url, process, _):
         pieces = []
@@ -33,7 +32,7 @@ def test_an_answer_in_flight_is_finished_before_the_server_ends(tiny_model, stop
 
 
 @pytest.mark.slow
-def test_a_server_fails_with_its_engine(tiny_model):  # noqa: F811
+def test_a_server_fails_with_its_engine(tiny_model):
     with serve("--model", tiny_model, *TINY_FLAGS) as (_, process, log):
         engine_of(process).kill()
         assert process.wait(30) == 1, log.read()

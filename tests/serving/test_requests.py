@@ -4,7 +4,6 @@ import httpx
 import pytest
 
 from tests.serving.running import TINY_FLAGS, serve
-from tests.tiny import tiny_model  # noqa: F401  (a fixture)
 from vllm_tokenfilter.bench.servers import Server
 
 OWN = {"vllm_xargs": {"token_filtering": 0}}
@@ -15,7 +14,7 @@ STREAM, BEAMS = {"stream": True}, {"use_beam_search": True, "n": 2}
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model):  # noqa: F811
+def server(tiny_model):
     flags = ["--model", tiny_model, "--served-model-name", "tiny", "--pruning-ratio", "0.5", *TINY_FLAGS]
     with serve(*flags, env={"VLLM_SERVER_DEV_MODE": "1"}) as (url, process, log):
         yield Server("tiny", url, process, log)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from tests import reference
 from tests.command import run_command
-from tests.tiny import tiny_model  # noqa: F401
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import EvaluationError
 from vllm_tokenfilter.layer_plan import LayerPlan
@@ -26,7 +25,7 @@ def no_progress(stage, units):
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):  # noqa: F811
+def model(tiny_model):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -103,7 +102,7 @@ def test_what_is_chance_does_not_move_the_choice(recalls, noise):
         assert set(range(30)) - set(search.choose_layers(damage, 30 - len(whole))) == whole
 
 
-def test_another_seed_asks_other_questions_of_other_text(tiny_model):  # noqa: F811
+def test_another_seed_asks_other_questions_of_other_text(tiny_model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -113,7 +112,7 @@ def test_another_seed_asks_other_questions_of_other_text(tiny_model):  # noqa: F
     assert all(one.tokens != other.tokens for one, other in zip(made[0], made[2], strict=True) if one.kind != "prose")
 
 
-def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):  # noqa: F811
+def test_the_command_writes_settings_that_hold(tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--length", "600", "--trials", "1", "--seed", "7", "--text", "builtin"]
     done = run_command("tune", *arguments, "--out", "tuned.yaml", "--json", "tuned.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -161,7 +160,7 @@ def _pair(found, layer):
         ({"out": Path("/nowhere/x.yaml")}, "out=/nowhere/x.yaml cannot be written"),
     ],
 )
-def test_bad_input_is_refused_in_one_sentence(tiny_model, tmp_path, wrong, sentence):  # noqa: F811
+def test_bad_input_is_refused_in_one_sentence(tiny_model, tmp_path, wrong, sentence):
     right = {"model": tiny_model, "ratio": 0.5, "length": 600, "trials": 1, "seed": 7, "text": "builtin"}
     request = {
         **right,
