@@ -214,6 +214,21 @@ def test_of_equal_redundancies_the_older_tokens_stay():
     assert chosen[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_what_is_carried_of_raw_tokens_moves_with_them():
+    layout, length = Layout(16, 6, 24, 3, 16), 24 + 2 * 16 + 7
+    _, cache = make_cache(torch.float32, 2, 8, 2, 16, 8, True)
+    tables = np.arange(8, dtype=np.int32)[::-1].copy()[None]
+    slots = np.arange(length)
+    physical = tables[0, slots // 16].astype(np.int64) * 16 + slots % 16
+    carried = np.zeros((2, 128), np.int64)
+    carried[:, physical] = slots + 1000 * np.arange(2)[:, None]  # each token's own position and layer
+    due, saved = due_seals(tables, [length], [0], [2], [0]), np.zeros((2, 128), np.float32)
+    seal_chunks(cache, saved, due, layout, ScoreRule(), np.arange(2), 1, None, carried)
+    raw = slots[2 * 16 :]
+    now = physical[raw - 2 * 10]
+    assert (carried[:, now] == raw + 1000 * np.arange(2)[:, None]).all()
+
+
 def test_recency_keeps_the_sinks_and_the_newest_tokens_of_the_whole_request():
     layout, length = Layout(16, 6, 24, 3, 16), 24 + 5 * 16 + 7
     storage, cache = make_cache(torch.float32, 1, 8, 2, 16, 8, True)
