@@ -1,6 +1,6 @@
 """Makes docs/inspect.png and docs/dashboard.png from real runs: `python docs/make_screenshots.py [NAME...]`.
 
-Needs Chromium; for the dashboard Prometheus too. Grafana is not needed, and docs/dashboard.png is no picture of it:
+Needs Chromium; for the dashboard Prometheus too. Grafana is not needed, and docs/dashboard.png is not a picture of it:
 Prometheus, with the configuration and the alerts of deploy/, watches a server under load, answers every query of
 deploy/grafana/dashboard.json, and this script draws the answers in the dashboard's own grid. A query without an answer
 and a rule that cannot be evaluated are errors.

@@ -1,4 +1,4 @@
-"""Where vLLM 0.32 has no hook: each patch with its symptom, its cause, why applying it twice is safe, and when to go.
+"""Where vLLM 0.32 has no hook: each patch with its symptom, its cause, why it is safe twice, and when to delete it.
 
 Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`), vllm/v1/engine/core.py (`EngineCore`),
 vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py,
