@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
@@ -264,6 +264,16 @@ REFUSALS = (
         "spreads one request's tokens over ranks",
         "use prefill_context_parallel_size=1",
         lambda vllm_config, config: _above_one(vllm_config.parallel_config.prefill_context_parallel_size),
+    ),
+    Refusal(
+        "pipeline_parallel_size",
+        "is for compiled models only on CPU, where vLLM makes room for what a stage receives when it compiles",
+        "leave --enforce-eager out, or use pipeline_parallel_size=1",
+        lambda vllm_config, config: (
+            _above_one(vllm_config.parallel_config.pipeline_parallel_size)
+            if current_platform.is_cpu() and vllm_config.compilation_config.mode == CompilationMode.NONE
+            else None
+        ),
     ),
     Refusal(
         "kv_cache_dtype",

@@ -116,7 +116,7 @@ def test_dense_layers_pass_through_and_are_counted_with_their_reason(make):
 
 def test_layers_that_read_another_groups_cache_read_what_is_stored_and_seal_nothing(make):
     builder = make()
-    builder._layers, builder._filtered = {}, {}
+    builder._layers = {}
     builder.build(0, step([0], [200], [blocks(1)]))
     assert builder.due is None
     assert builder.build(0, step([200], [1], [blocks(1)])).seq_lens.tolist() == [201 - 64]
