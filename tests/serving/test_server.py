@@ -80,7 +80,7 @@ def test_every_ratio_says_paris(model_path, ratio):
     [
         (["--pruning-ratio", "1.5"], "pruning_ratio=1.5"),
         (["--additional-config", '{"token_filtering": {"chunk_sise": 64}}'], "did you mean chunk_size?"),
-        (["--additional-config", "{"], "is no JSON"),
+        (["--additional-config", "{"], "must be a mapping"),
         (["--config", "no-such-file.yaml"], "no-such-file.yaml cannot be read"),
     ],
 )

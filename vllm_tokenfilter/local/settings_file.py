@@ -45,7 +45,7 @@ def read_additional_config(value: object) -> dict[str, Any]:
     """The value of vLLM's `additional_config`, from YAML or in JSON; see `understood`.
 
     Raises:
-        ConfigError: it is no mapping, or a key of ours cannot be understood.
+        ConfigError: it is not a mapping, or a key of ours cannot be understood.
     """
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
