@@ -135,3 +135,4 @@ def prose():
 
 def pytest_addoption(parser):
     parser.addoption("--scaling-json", help="where tests/scaling writes what it measured")
+    parser.addoption("--soak-minutes", type=float, default=30.0, help="how long tests/serving/test_soak.py goes on")
