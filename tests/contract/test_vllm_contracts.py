@@ -240,7 +240,7 @@ def test_the_engine_core_can_be_drained_and_given_another_ratio():
     from vllm.v1.engine.core import EngineCore, EngineCoreProc
     from vllm.v1.engine.core_client import AsyncMPClient
 
-    ours = "integration/engine_core.py drains an engine with it"
+    ours = "integration/switching.py drains an engine with it"
     schedule = inspect.getsource(Scheduler.schedule)
     assert "request_queue = self.kv_holding_waiting" in schedule and "PauseState.UNPAUSED" in schedule, ours
     assert "len(self.kv_holding_waiting)" in inspect.getsource(Scheduler.get_num_unfinished_requests), ours
@@ -256,6 +256,18 @@ def test_the_engine_core_can_be_drained_and_given_another_ratio():
     assert not any(hasattr(EngineCore, name) for name in ("extension", "extension_cls")), (
         "integration/workarounds.py: extend_engine_core may not be needed any more"
     )
+
+
+def test_pauses_and_the_end_of_an_engine_go_through_what_we_put_between():
+    from vllm.v1.engine import core
+
+    ours = "integration/engine_core.py: _mind_switches"
+    assert parameters(core.EngineCoreProc.pause_scheduler) == ["self", "mode", "clear_cache"], ours
+    for method in ("sleep", "wake_up", "is_sleeping"):
+        source = inspect.getsource(getattr(core.EngineCore, method))
+        assert "self.pause_scheduler(" in source or "self.resume_scheduler()" in source or "paused()" in source, ours
+    assert "while self._handle_shutdown():" in inspect.getsource(core), ours
+    assert "self._send_abort_outputs(aborted_reqs)" in inspect.getsource(core.EngineCoreProc.pause_scheduler), ours
 
 
 def test_endpoint_plugins_are_loaded_by_name_and_requests_are_checked_where_we_look():

@@ -11,6 +11,7 @@ import httpx
 from vllm_tokenfilter.bench.servers import SERVE as VLLM
 from vllm_tokenfilter.bench.servers import started
 
+SEEN, SEALED, PRUNED = (f"tokenfilter_tokens_{word}_total" for word in ("seen", "sealed", "pruned"))
 SERVE = [sys.executable, "-m", "vllm_tokenfilter.cli.app", "serve"]
 PLAIN = [*VLLM, "--attention-backend", "TOKEN_FILTERING"]
 TINY_FLAGS = [

@@ -11,6 +11,9 @@ import pytest
 
 from tests.serving.running import (
     PLAIN,
+    PRUNED,
+    SEALED,
+    SEEN,
     TINY_FLAGS,
     complete,
     metrics_of,
@@ -25,7 +28,6 @@ from vllm_tokenfilter.integration.server.metrics import METRICS
 
 KEY = {"Authorization": "Bearer sesame"}
 MODEL = "tiny"
-SEEN, SEALED, PRUNED = (f"tokenfilter_tokens_{word}_total" for word in ("seen", "sealed", "pruned"))
 
 MALFORMED = [
     b"",

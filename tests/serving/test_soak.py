@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from tests.serving.running import PRUNED, SEALED, SEEN, complete, metrics_of, prompts_of, serve, settled
-from tests.tiny import tiny_model  # noqa: F401  (a fixture)
 
 #: Of 128 tokens the layers keep 128, 64, 32 and 32: whole blocks, so that prefixes are shared.
 TUNED = {
@@ -160,7 +159,7 @@ def slope_of(memory):
 
 
 @pytest.mark.slow
-def test_half_an_hour_of_everything(tiny_model, request):  # noqa: F811
+def test_half_an_hour_of_everything(tiny_model, request):
     minutes = request.config.getoption("--soak-minutes")
     flags = ["--model", tiny_model, "--served-model-name", "tiny", *FLAGS]
     flags += ["--additional-config", json.dumps({"token_filtering": TUNED})]

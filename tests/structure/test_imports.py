@@ -23,7 +23,7 @@ LAYERS = (
     ("layout", "schedule"),
     ("config",),
     ("local",),
-    ("filtering", "selectors", "layer_plan"),
+    ("filtering", "selectors", "layer_plan", "rescale"),
     ("kernels",),
     ("kernels.cpu", "kernels.gpu"),
     ("planning",),

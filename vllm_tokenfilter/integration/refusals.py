@@ -161,14 +161,6 @@ REFUSALS = (
         lambda vllm_config, config: _only(current_platform.is_cuda() and vllm_config.parallel_config.enable_dbo),
     ),
     Refusal(
-        "ubatch_size",
-        "splits a step in parts, and seals are due for a whole step",
-        "use ubatch_size=0",
-        lambda vllm_config, config: (
-            _above_one(vllm_config.parallel_config.ubatch_size) if current_platform.is_cuda() else None
-        ),
-    ),
-    Refusal(
         "enable_prefix_caching",
         "shares whole blocks, and the kept tokens of a chunk must fill them",
         "choose chunk_size and pruning_ratio so that chunk_size and the tokens a chunk keeps are multiples of "

@@ -52,6 +52,7 @@ class Status(BaseModel, frozen=True):
         engines: data-parallel engines.
         switching: whether another ratio waits for requests to end.
         prefix_caching: in words; empty as long as the scheduler is not asked.
+        reachable: the lowest and the highest ratio that can follow at run time; None if none can.
     """
 
     backend: str
@@ -62,6 +63,7 @@ class Status(BaseModel, frozen=True):
     engines: int = 1
     switching: bool = False
     prefix_caching: str = ""
+    reachable: tuple[float, float] | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property

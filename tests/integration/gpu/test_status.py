@@ -99,14 +99,3 @@ def test_verify_prints_and_checks_them(answer, monkeypatch):
     assert printed["inner_backend"] == "FLASH_ATTN, TRITON_ATTN"
     assert printed["cudagraph_mode"] == "FULL_AND_PIECEWISE"
     assert printed["layers_dense"] == "{'configured_dense': [1], 'sliding_window_layer': [3]}"
-
-
-def test_another_ratio_at_run_time_is_refused_on_a_gpu_in_one_sentence(monkeypatch):
-    from vllm_tokenfilter.integration import engine_core
-
-    monkeypatch.setattr(engine_core, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    control = engine_core.Control.__new__(engine_core.Control)
-    control._core, control.config = SimpleNamespace(), FilterConfig()
-    assert control.prepare(0.25) == {
-        "refused": "pruning_ratio=0.25 cannot change at run time on a GPU in this version; restart the server."
-    }

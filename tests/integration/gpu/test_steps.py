@@ -44,10 +44,7 @@ class Step:
 
 
 def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, device="cpu"):
-    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers.
-
-    As in model runner V2, whether rows are prefilling is told of real ones alone, and lengths of padded ones too.
-    """
+    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers."""
     computed, queries = np.array(computed), np.array(queries)
     seq_lens = np.concatenate([computed + queries, np.zeros(padded)]).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(queries), np.full(padded, queries.sum())]).astype(np.int32)
@@ -62,7 +59,7 @@ def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, devi
         torch.from_numpy(starts.copy()),
         torch.from_numpy(seq_lens).to(device),
         torch.from_numpy(seq_lens.copy()),
-        torch.tensor([*(computed == 0 if prefilling is None else prefilling)]),
+        torch.tensor([*(computed == 0 if prefilling is None else prefilling), *[False] * padded]),
         int(seq_lens.max()),
         len(seq_lens),
         torch.from_numpy(np.concatenate([tables, np.zeros((padded, tables.shape[1]), np.int32)])).to(device),
@@ -149,6 +146,53 @@ def test_dummy_runs_captures_and_padding_leave_nothing_due_and_count_nothing(dev
     assert steps.anything_due
     steps.adjust(step([0, 0], [1, 1], tables, device=device))
     assert torch.equal(steps._cache.saved_redundancy, before)
+
+
+@pytest.mark.parametrize("kept", [48, 40, 16])
+def test_another_layout_is_followed_in_the_buffers_that_graphs_captured(device, kept):
+    """Blocks of 16 hold what 48 and 16 tokens leave, and 40 do not: then no prefix is shared, and no row is marked."""
+    layers = make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True, device)
+    steps = make_steps(layers, mark_blocks=1, device=device)
+    tables = np.random.default_rng(3).permutation(np.arange(1, 63))[:24].reshape(1, 24).astype(np.int32)
+    captured = steps.adjust(step([0], [200], tables, device=device))
+    layout = replace(LAYOUT, kept_per_chunk=kept)
+    steps.use(settings(layout), layout, "")
+    assert not steps.anything_due, "what the last request made due is not sealed by another layout"
+    texts, length = [prose(2, 240, 64, torch.bfloat16, layer) for layer in range(2)], 0
+    for count in (200, 1, 20, 1):
+        now = step([length], [count], tables, device=device)
+        adjusted = steps.adjust(now)
+        stored = stored_tokens(length, layout)
+        want = stored + np.arange(count)
+        assert now.slot_mapping.tolist() == (tables[0][want // SIZE].astype(int) * SIZE + want % SIZE).tolist()
+        assert adjusted.seq_lens.tolist() == [stored + count]
+        assert adjusted.seq_lens.data_ptr() == captured.seq_lens.data_ptr()
+        assert adjusted.block_table_tensor.data_ptr() == captured.block_table_tensor.data_ptr()
+        used = -(-(stored + count) // SIZE)
+        assert adjusted.block_table_tensor[0, :used].tolist() == tables[0][:used].tolist()
+        for layer, (keys, values) in zip(layers, texts, strict=True):
+            part = slice(length, length + count)
+            write(layer, tables[0], stored, keys[:, part], values[:, part])
+        length += count
+    steps.adjust(step([length], [1], tables, device=device))
+    for index, (keys, values) in enumerate(texts):
+        sealed = (length - 64) // 64
+        expected = seal_reference(keys[:, :length], values[:, :length], None, 0, sealed, steps.config, index)
+        got = read(layers[index], tables[0], stored_tokens(length, layout))
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_a_group_that_is_given_every_token_back_seals_nothing_and_says_why(device):
+    steps = make_steps(mark_blocks=1, device=device)
+    tables = np.arange(1, 25, dtype=np.int32)[None]
+    steps.use(FilterConfig(pruning_ratio=0.0), None, "pruning_ratio_zero")
+    steps.adjust(step([0], [200], tables, device=device))
+    adjusted = steps.adjust(step([200], [1], tables, device=device))
+    assert adjusted.seq_lens.tolist() == [201] and not steps.anything_due and steps.counters.seals == 0
+    assert steps.counters.rows_dense == {"pruning_ratio_zero": 2} and steps.counters.rows_filtered == 0
+    steps.use(settings(LAYOUT), LAYOUT, "")
+    steps.adjust(step([0], [200], tables, device=device))
+    assert steps.adjust(step([200], [1], tables, device=device)).seq_lens.tolist() == [201 - 64]
 
 
 def test_marks_of_the_prefix_cache_are_taken_out_on_the_device(device):
@@ -281,6 +325,19 @@ def test_a_captured_graph_reads_the_buffers_that_later_steps_fill():
     assert captured.seq_lens.tolist() == [151 - 32, 201 - 64]
 
 
+def test_a_builder_takes_another_plan_for_its_own_layers_and_their_skipping():
+    builder, used = builder_over_a_recorder(make_steps()), []
+    builder._skipping = SimpleNamespace(use=used.append)
+    builder.plan = LayerPlan.of(FilterConfig(pruning_ratio=0.5), 4).only([1, 2])
+    quarter = FilterConfig(pruning_ratio=0.25)
+    builder.use(quarter, LayerPlan.of(quarter, 4))
+    assert builder.plan.indices == [1, 2] and builder.plan.layouts == {quarter.layout} == set(used)
+    assert builder._steps.layout == quarter.layout
+    builder.use(dense := FilterConfig(pruning_ratio=0.0), LayerPlan.of(dense, 4))
+    assert used[-1] is None and builder._steps.layout.removed_per_chunk == 0
+    assert builder._dense_reason == "pruning_ratio_zero"
+
+
 def test_a_group_of_dense_layers_passes_through_and_is_counted_with_its_reason():
     builder = builder_over_a_recorder(None)
     now = step([300], [1], np.arange(24, dtype=np.int32)[None])
@@ -368,3 +425,22 @@ def test_the_steps_time_their_seals():
     assert steps.counters.seal_seconds == 0, "warming the kernels up is no seal"
     steps.adjust(step([200], [1], tables))
     assert steps.counters.seals == 1 and steps.counters.seal_seconds > 0
+
+
+@pytest.mark.parametrize("ranks, total", [(2, 4), (4, 2), (4, 1)])
+def test_ranks_join_every_head_once_in_the_models_order(monkeypatch, ranks, total):
+    pytest.importorskip("vllm")
+    from vllm_tokenfilter.integration.gpu import backend as gpu_backend
+
+    own, replicas = max(1, total // ranks), max(1, ranks // total)
+    heads = [list(range(rank // replicas * own, rank // replicas * own + own)) for rank in range(ranks)]
+    scores = [torch.tensor(rank, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 3, -1, 2, 8) for rank in heads]
+
+    class Group:
+        def all_gather(self, mine, dim):
+            assert mine.shape == scores[0].shape
+            return torch.cat(scores, dim)
+
+    monkeypatch.setattr(gpu_backend, "get_tp_group", Group)
+    joined = gpu_backend._gather_heads(total, scores[0])
+    assert joined.shape == (2, 3, total, 2, 8) and joined[1, 2, :, 0, 5].tolist() == list(range(total))

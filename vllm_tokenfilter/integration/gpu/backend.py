@@ -25,6 +25,7 @@ from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
@@ -33,6 +34,7 @@ from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, HostLengths
 from vllm_tokenfilter.integration.layers import layers_by_index
 from vllm_tokenfilter.integration.lifecycle import CountingBuilder, PlanningImpl, planned_model
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
+from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import shares_prefixes
 
 #: vLLM's backends that can be inside.
@@ -78,7 +80,7 @@ class FilteringBuilder(CountingBuilder):
                 max(scheduler.max_num_batched_tokens, *captured),
                 device,
                 self.counters,
-                functools.partial(_open_cache, skipping),
+                functools.partial(_open_cache, skipping, vllm_config.cache_config.cache_dtype),
             )
             if self._steps:
                 self._steps.followed_by(self._skipping.follow, self._num_skipping)
@@ -114,11 +116,20 @@ class FilteringBuilder(CountingBuilder):
             scheduler.max_num_seqs + 1,
             -(-vllm_config.model_config.max_model_len // block_size) + 1,
             device,
-            functools.partial(_open_cache, filtered),
+            functools.partial(_open_cache, filtered, cache_config.cache_dtype),
             functools.partial(_gather_heads, vllm_config.model_config.get_total_num_kv_heads())
             if vllm_config.parallel_config.tensor_parallel_size > 1
             else None,
         )
+
+    def use(self, config: FilterConfig, plan: LayerPlan) -> None:
+        """See `TokenFilteringMetadataBuilder.use`; a group that started filtered goes on through its buffers."""
+        self.config, self.plan = config, plan.only(self.plan.indices)
+        self._dense_reason, layout = next(iter(self.plan.dense), ""), next(iter(self.plan.layouts), None)
+        if self._steps is not None:
+            self._steps.use(config, layout, self._dense_reason)
+            if self._skipping is not None:
+                self._skipping.use(layout)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """See `AttentionMetadataBuilder.build_for_cudagraph_capture`; leaves nothing due."""
@@ -186,14 +197,14 @@ def backend_over(name: str) -> type[AttentionBackend]:
     )
 
 
-def _open_cache(layers: dict[int, Attention]) -> GpuCache:
-    """The KV cache of a group's layers as the kernels see it; vLLM may give its type to some layers only.
+def _open_cache(layers: dict[int, Attention], cache_dtype: str) -> GpuCache:
+    """The layers' KV cache as the kernels see it.
 
     Raises:
         UnsupportedError: it lies otherwise than the kernels can follow.
     """
     caches, first = [layer.kv_cache for layer in layers.values()], next(iter(layers.values()))
-    heads, width, cache_dtype = first.num_kv_heads, 2 * first.head_size, first.kv_cache_dtype
+    heads, width = first.num_kv_heads, 2 * first.head_size
     try:
         if caches[0].dim() != 4 or caches[0].shape[1] != heads or caches[0].shape[3] != width:
             raise ValueError(f"a KV cache of shape {tuple(caches[0].shape)}")

@@ -89,6 +89,10 @@ class SkippingGroup:
         for place, layer in enumerate(layers.values()):
             layer.impl.skipping = (self, place)
 
+    def use(self, layout: Layout | None) -> None:
+        """Go on with another layout, None: every token is kept; only while no request is running."""
+        self._layout = layout
+
     def attach(self, metadata: Any, step: Any, seq_lens: Tensor, shared_chunks: Tensor | None) -> None:
         """Make vLLM's metadata of a step known to skip by; one launch.
 

@@ -11,6 +11,7 @@ the last of the chunks that were taken over for chunks sealed here, at most rece
 Imports no vLLM: `RunnerStep` is the part of its step metadata that is used.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,10 +71,7 @@ class HostLengths:
         query_lens = np.diff(step.query_start_loc_cpu[: num_reqs + 1].numpy()).astype(np.int64)
         num_computed, real = seq_lens - query_lens, query_lens > 0
         if step.is_prefilling is not None:
-            # vLLM's V2 runner pads a decode batch up to its CUDA graph's, but not this.
-            prefilling = np.zeros(num_reqs, bool)
-            prefilling[: len(step.is_prefilling)] = step.is_prefilling[:num_reqs].numpy()
-            real &= (num_computed > 0) | prefilling
+            real &= (num_computed > 0) | step.is_prefilling[:num_reqs].numpy()
         return cls(seq_lens, num_computed, real)
 
 
@@ -120,7 +118,8 @@ class FilteredSteps:
             config: the settings.
             layout: where the group's tokens lie.
             block_size: tokens per entry of the block table.
-            mark_blocks: entries of the mark behind what a row took over; 0 where no prefixes are shared.
+            mark_blocks: entries of the mark behind what a row took over; 0 where no prefixes are shared, whatever the
+                layout.
             max_num_reqs: most rows of a step, padding included.
             max_blocks: entries of a block-table row.
             device: where the step's tensors lie.
@@ -137,7 +136,17 @@ class FilteredSteps:
         self._cache: GpuCache | None = None
         self._due: DueSealsOnDevice | None = None
         self._after_seal: Callable[[DueSealsOnDevice], None] | None = None
-        self._layers_skipping = 0
+        self._layers_skipping, self._dense_reason = 0, ""
+
+    def use(self, config: FilterConfig, layout: Layout | None, dense_reason: str) -> None:
+        """Go on with another layout, None: every token is kept, for this reason; only while no request is running.
+
+        What CUDA graphs captured reads the same buffers: what depends on the layout is launched outside of them.
+        """
+        self.config, self._due, self._dense_reason = config, None, dense_reason
+        self.layout = layout or dataclasses.replace(self.layout, kept_per_chunk=self.layout.chunk_size)
+        if layout is not None and self._cache is not None:
+            seal.warm_up(self._cache, layout, self._rule, self._gather_heads)
 
     def followed_by(self, after_seal: Callable[[DueSealsOnDevice], None], layers_skipping: int) -> None:
         """Call back after each seal, in the stream's order; so many of the layers skip attention."""
@@ -180,10 +189,9 @@ class FilteredSteps:
         if not capturing and real.any():
             self._count(seq_lens[real], num_computed[real], removed[real], len(self._cache.layer_addresses))
             # Rows that own nothing must not look due.
-            plan = plan_seals(
-                np.where(real, num_computed, 0), np.where(real, seq_lens, 0), self._block_size, self.layout
-            )
-            if plan is not None:
+            own, done = np.where(real, num_computed, 0), np.where(real, seq_lens, 0)
+            plan = plan_seals(own, done, self._block_size, self.layout)
+            if plan is not None and self.layout.removed_per_chunk:
                 self._due = DueSealsOnDevice.snapshot(plan, table, buffers.shared_chunks[:num_reqs])
             max_seq_len = int((seq_lens - removed).max())
         stored = torch.from_numpy((seq_lens - removed).astype(np.int32))
@@ -206,7 +214,10 @@ class FilteredSteps:
         decoding = query_lens == 1
         dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
         self.counters.count_reads(dense, filtered, num_layers, self._layers_skipping)
-        self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
+        if self.layout.removed_per_chunk:
+            self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
+        else:
+            self.counters.rows_dense[self._dense_reason] += len(removed)
 
     def _seal_due(self, cache: GpuCache) -> None:
         due, self._due = self._due, None

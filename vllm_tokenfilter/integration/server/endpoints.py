@@ -10,6 +10,7 @@ Source: vllm/plugins/endpoint_plugins/interface.py, vllm/entrypoints/serve/middl
 
 import asyncio
 import json
+import reprlib
 import time
 from argparse import Namespace
 from typing import Any
@@ -108,16 +109,24 @@ async def _switch(engine_client: Any, ratio: float) -> JSONResponse:
     started = time.monotonic()
     client = engine_client.engine_core
     engines = _engines_of(client)
+    answers: list[dict[str, Any]] = []
+    reserved: list[Any] = []
     # In the order of the ranks, so that of two callers one gets all engines.
-    for index, engine in enumerate(engines):
+    for engine in engines:
         answer = await client._call_utility_async("token_filtering_prepare", ratio, engine=engine)
-        if answer:
-            for other in engines[:index]:
+        if "refused" in answer or "busy" in answer:
+            for other in reserved:
                 await client._call_utility_async("token_filtering_cancel", engine=other)
             return _error(400, answer["refused"]) if "refused" in answer else _error(409, answer["busy"])
-    answers = await asyncio.gather(*(_switch_engine(client, engine) for engine in engines))
-    waited = time.monotonic() - started
-    return JSONResponse({**answers[0], "engines": len(engines), "waited_seconds": round(waited, 3)})
+        if "unchanged" in answer:
+            answers.append(answer["unchanged"])
+        else:
+            reserved.append(engine)
+    answers += await asyncio.gather(*(_switch_engine(client, engine) for engine in reserved))
+    if given_up := [answer["busy"] for answer in answers if "busy" in answer]:
+        return _error(409, given_up[0])
+    waited = round(time.monotonic() - started, 3)
+    return JSONResponse({"pruning_ratio": ratio, **answers[-1], "engines": len(engines), "waited_seconds": waited})
 
 
 async def _switch_engine(client: Any, engine: Any) -> dict[str, Any]:
@@ -162,6 +171,7 @@ def report(status: Status, model: str) -> dict[str, Any]:
         "engines": status.engines,
         "switching": status.switching,
         "prefix_caching": status.prefix_caching,
+        "reachable": status.reachable and dict(zip(("lowest", "highest"), status.reachable, strict=True)),
         "refusals": [
             {"setting": refusal.setting, "reason": refusal.reason, "remedy": refusal.remedy}
             for refusal in refusals.REFUSALS
@@ -175,16 +185,19 @@ def _wanted_ratio(body: bytes) -> float | str:
     remedy = 'send a JSON object such as {"pruning_ratio": 0.25}.'
     try:
         wanted = json.loads(body)
+    except RecursionError:
+        return f"the body must be JSON without so many brackets inside each other; {remedy}"
     except ValueError as error:
         return f"the body must be JSON ({error}); {remedy}"
     if not isinstance(wanted, dict):
         return f"the body must be a JSON object; {remedy}"
     if others := [key for key in wanted if key != "pruning_ratio"]:
-        return f"{', '.join(map(str, others))} cannot change at run time, only pruning_ratio can; {remedy}"
+        # Long and deep values are cut.
+        return f"{', '.join(map(reprlib.repr, others[:3]))} cannot change at run time, only pruning_ratio can; {remedy}"
     ratio = wanted.get("pruning_ratio")
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        return f"pruning_ratio={ratio!r} must be a number from 0 to below 1; {remedy}"
-    return float(ratio)
+        return f"pruning_ratio={reprlib.repr(ratio)} must be a number from 0 to below 1; {remedy}"
+    return abs(float(ratio))
 
 
 def _not_allowed(request: Request) -> JSONResponse | None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_tokenfilter.layout import Layout
+from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 #: Shared chunks of a row that owns nothing (padding, a dummy run): more than any length seals.
 NO_SEALS = 1 << 30
@@ -62,7 +62,7 @@ def adjust_step(
         buffers: see `StepBuffers`.
         layout: the layout's integers.
         block_size: tokens per entry of the block table.
-        mark_blocks: entries of the mark behind what was taken over; 0 where no prefixes are shared.
+        mark_blocks: entries of the mark behind what was taken over; 0 where no prefixes are shared under any layout.
     """
     assert query_start_loc.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
     assert slot_mapping.dtype == torch.int64 and block_tables.stride(1) == 1
@@ -81,6 +81,7 @@ def adjust_step(
         W=layout.recent_window,
         BLOCK_SIZE=block_size,
         MARK_BLOCKS=mark_blocks,
+        MARKED=mark_blocks > 0 and shares_prefixes(layout, block_size * mark_blocks),
         NO_SEALS=NO_SEALS,
         TILE=128,
     )
@@ -98,12 +99,12 @@ def adjust_step_kernel(
     clean_tables,  # int32 [num_reqs, clean_tables_stride], out: rows without marks
     clean_tables_stride,
     C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, BLOCK_SIZE: tl.constexpr, MARK_BLOCKS: tl.constexpr,
-    NO_SEALS: tl.constexpr, TILE: tl.constexpr,
+    MARKED: tl.constexpr, NO_SEALS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_reqs,). A row without tokens, or whose tokens go nowhere (a dummy run's), is left as it is.
 
-    Where prefixes are shared, a row may hold a mark behind the chunks it took over (MARK_BLOCKS null entries): it is
-    counted, and left out of `clean_tables`.
+    Where prefixes are shared (MARKED), a row may hold a mark behind the chunks it took over (MARK_BLOCKS null entries):
+    it is counted, and left out of `clean_tables`.
     """
     row = tl.program_id(0)
     start = tl.load(query_start_loc + row)
@@ -122,7 +123,7 @@ def adjust_step_kernel(
         return
     shared = computed * 0
     mark = computed * 0 + 2147483647  # the entry the mark lies at
-    if MARK_BLOCKS > 0:
+    if MARKED:
         blocks_per_chunk: tl.constexpr = K // BLOCK_SIZE
         limit = computed // C * blocks_per_chunk + 1
         first = limit
