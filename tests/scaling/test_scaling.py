@@ -27,6 +27,7 @@ from tests.serving.running import (
     totals_of,
 )
 from vllm_tokenfilter.bench.servers import free_port
+from vllm_tokenfilter.integration.status import Status, merge_workers
 from vllm_tokenfilter.local.provenance import provenance
 from vllm_tokenfilter.local.result_file import write_result
 
@@ -97,6 +98,22 @@ def compare(one, spread, num_workers):
 def test_two_tensor_parallel_ranks_choose_and_write_like_one(tmp_path, tiny_model, one, measured):
     spread = generate(tmp_path, tiny_model, env=TWO_CORES, tensor_parallel_size=2)
     measured["tensor_parallel_2"] = compare(one, spread, 2)
+
+
+def test_two_pipeline_stages_choose_and_write_like_one(tmp_path, tiny_model, measured):
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    one = generate(tmp_path, tiny_model, **compiled)
+    spread = generate(tmp_path, tiny_model, env=TWO_CORES, pipeline_parallel_size=2, **compiled)
+    stages = spread["choices"]
+    assert [layers for layers, _ in (choices[0] for choices in stages)] == [[0, 1], [2, 3]]
+    # A seal's choices in the layers of both stages are one engine's.
+    joined = [[first[0] + second[0], first[1] + second[1]] for first, second in zip(*stages, strict=True)]
+    measured["pipeline_parallel_2"] = compare(one, {**spread, "choices": [joined]}, 1) | {"workers": 2}
+    merged = merge_workers([Status.model_validate(status) for status in spread["status"]])
+    alone = Status.model_validate(one["status"][0])
+    assert merged.layers == alone.layers and [group.plan for group in merged.groups] == [merged.layers]
+    counted, expected = ({**of.counters.as_dict(), "seals": 0, "seal_seconds": 0} for of in (merged, alone))
+    assert counted == expected
 
 
 def test_two_workers_that_ray_placed_choose_and_write_like_one(tmp_path, tiny_model, one, measured):
