@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import types
 from pathlib import Path
 
 import pytest
@@ -223,23 +224,42 @@ def test_backends_that_plan_ahead_are_refused_with_skipping_and_no_other():
     assert "seq_lens_cpu" in source("v1", "attention", "backends", "flashinfer.py"), "and FLASHINFER, on the host"
 
 
-@pytest.mark.parametrize("inner, ratio, refused", [
-    ("auto", 0.5, True), ("FLASH_ATTN", 0.5, True), ("FLASHINFER", 0.5, True), ("TRITON_ATTN", 0.5, False),
-    ("FLASH_ATTN", 0, False),
-])  # fmt: skip
-def test_the_refusal_names_setting_value_and_remedy(monkeypatch, inner, ratio, refused):
+@pytest.fixture
+def on_cuda(monkeypatch):
     class Cuda:
         device_type = "cuda"
         is_cpu = staticmethod(lambda: False)
         is_cuda = staticmethod(lambda: True)
 
     monkeypatch.setattr(refusals, "current_platform", Cuda)
+
+
+@pytest.mark.parametrize("inner, ratio, refused", [
+    ("auto", 0.5, True), ("FLASH_ATTN", 0.5, True), ("FLASHINFER", 0.5, True), ("TRITON_ATTN", 0.5, False),
+    ("FLASH_ATTN", 0, False),
+])  # fmt: skip
+def test_the_refusal_names_setting_value_and_remedy(on_cuda, inner, ratio, refused):
     config = FilterConfig.parse({"attention_skipping": {"ratio": ratio}, "inner_backend": inner})
     about = [refusal for refusal in refusals.REFUSALS if refusal.setting == "inner_backend"]
     sentences = [r.sentence(value) for r in about if (value := r.found(None, config)) is not None]
     assert len(sentences) == refused
     for sentence in sentences:
         assert f"inner_backend={inner} " in sentence and "inner_backend: TRITON_ATTN" in sentence
+
+
+@pytest.mark.parametrize("setting, value", [("enable_dbo", True), ("ubatch_size", 2)])
+def test_every_way_to_split_a_step_is_refused(on_cuda, setting, value):
+    from vllm.config import ParallelConfig
+
+    def found(parallel_config):
+        vllm_config = types.SimpleNamespace(parallel_config=parallel_config)
+        about = (row for row in refusals.REFUSALS if row.setting in ("enable_dbo", "ubatch_size"))
+        return {row.setting: seen for row in about if (seen := row.found(vllm_config, FilterConfig())) is not None}
+
+    split = types.SimpleNamespace(**{"enable_dbo": False, "ubatch_size": 0, setting: value})
+    assert ParallelConfig.use_ubatching.fget(split), "vLLM splits steps by these alone: integration/refusals.py"
+    assert found(split) == {setting: value}
+    assert found(ParallelConfig()) == {}
 
 
 def test_the_decode_kernels_are_called_as_the_benchmark_calls_them():

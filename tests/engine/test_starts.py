@@ -126,7 +126,7 @@ def test_a_compiled_engine_filters(generate):
         ),
         (
             {"disable_hybrid_kv_cache_manager": True, "additional_config": {"token_filtering": {"first_layer": 3}}},
-            "disable_hybrid_kv_cache_manager=True gives all layers the blocks of one kind",
+            "disable_hybrid_kv_cache_manager=True gives all layers blocks of one kind",
         ),
         (
             {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},

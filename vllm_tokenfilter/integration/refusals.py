@@ -56,11 +56,7 @@ def settings_of(vllm_config: VllmConfig) -> FilterConfig:
 
 def unsupported_reasons(vllm_config: VllmConfig, config: FilterConfig) -> list[str]:
     """Every reason this deployment cannot be served, a sentence each; empty if it can."""
-    reasons = []
-    for refusal in REFUSALS:
-        value = refusal.found(vllm_config, config)
-        if value is not None:
-            reasons.append(refusal.sentence(value))
+    reasons = [row.sentence(value) for row in REFUSALS if (value := row.found(vllm_config, config))]
     try:
         LayerPlan.of(config, _num_layers(vllm_config))
     except ConfigError as error:
@@ -115,13 +111,14 @@ def _only(value: Any) -> Any:
     return value if value else None
 
 
+VERSION = Refusal(
+    "vllm",
+    "is not the version this plugin is made for",
+    f"install vLLM {SUPPORTED_VLLM[0]}.{SUPPORTED_VLLM[1]}",
+    lambda vllm_config, config: vllm_version(),
+)
 REFUSALS = (
-    Refusal(
-        "vllm",
-        "is not the version this plugin is made for",
-        f"install vLLM {SUPPORTED_VLLM[0]}.{SUPPORTED_VLLM[1]}",
-        lambda vllm_config, config: vllm_version(),
-    ),
+    VERSION,
     Refusal(
         "device",
         "has no filtered attention backend",
@@ -159,6 +156,14 @@ REFUSALS = (
         "splits a step in two, and seals are due for a whole step",
         "leave dual-batch overlap off",
         lambda vllm_config, config: _only(current_platform.is_cuda() and vllm_config.parallel_config.enable_dbo),
+    ),
+    Refusal(
+        "ubatch_size",
+        "splits a step in parts, and seals are due for a whole step",
+        "use ubatch_size=0",
+        lambda vllm_config, config: (
+            _above_one(vllm_config.parallel_config.ubatch_size) if current_platform.is_cuda() else None
+        ),
     ),
     Refusal(
         "enable_prefix_caching",

@@ -227,11 +227,9 @@ def _select(args: EngineArgs) -> bool:
         return True
     if named is not None and settings is not None and not registration.is_ours(named):
         raise ConfigError(
-            [
-                f"attention_backend={getattr(named, 'name', named)} leaves the settings under "
-                f"additional_config.{CONFIG_KEY} without effect; use attention_backend={registration.BACKEND_NAME} "
-                "or remove the settings."
-            ]
+            f"attention_backend={getattr(named, 'name', named)} leaves the settings under "
+            f"additional_config.{CONFIG_KEY} without effect; use attention_backend={registration.BACKEND_NAME} "
+            "or remove the settings."
         )
     if not registration.is_ours(named):
         # `backend_per_kind` alone would lead to our backend past every check; it is refused with the others.
@@ -248,7 +246,7 @@ def _select(args: EngineArgs) -> bool:
 def _prepare(args: EngineArgs) -> None:
     config = FilterConfig.within(args.additional_config)
     if (version := refusals.vllm_version()) is not None:
-        raise UnsupportedError([refusals.REFUSALS[0].sentence(version)])
+        raise UnsupportedError([refusals.VERSION.sentence(version)])
     if config.pruning_ratio > 0:
         _choose_blocks(args, config)
         _limit_steps(args)
@@ -267,28 +265,24 @@ def _choose_blocks(args: EngineArgs, config: FilterConfig) -> None:
     if args.block_size is None and current_platform.is_cpu():
         args.block_size = CPU_BLOCK_SIZE
     block_size = args.block_size or GPU_BLOCK_SIZE
-    if args.enable_prefix_caching is None and config.inner_backend == "FLASHINFER":
-        args.enable_prefix_caching = False
-        logger.info(
-            "Token Filtering: prefix caching, on by default, is switched off: it cannot be used over FLASHINFER."
+    if args.enable_prefix_caching is not None:
+        return
+    if config.inner_backend == "FLASHINFER":
+        why = "it cannot be used over FLASHINFER"
+    elif config.schedule.kind in ("tail", "linear"):
+        why = (
+            f"with schedule.kind={config.schedule.kind} a layer's kept tokens depend on the model; "
+            f"--enable-prefix-caching switches it on where they fill blocks of {block_size} tokens"
         )
-    if args.enable_prefix_caching is None and config.schedule.kind in ("tail", "linear"):
-        args.enable_prefix_caching = False
-        logger.info(
-            "Token Filtering: prefix caching, on by default, is switched off: with schedule.kind=%s a layer's kept "
-            "tokens depend on the model; --enable-prefix-caching switches it on where they fill blocks of %d tokens.",
-            config.schedule.kind,
-            block_size,
+    elif not refusals.can_share_prefixes(config, _layouts(config), block_size):
+        why = (
+            f"the tokens a chunk keeps fill no whole blocks of {block_size} tokens with {refusals.kept_of(config)}; "
+            f"{_nearest_fit(config, block_size)}"
         )
-    elif args.enable_prefix_caching is None and not refusals.can_share_prefixes(config, _layouts(config), block_size):
-        args.enable_prefix_caching = False
-        logger.info(
-            "Token Filtering: prefix caching, on by default, is switched off: the tokens a chunk keeps fill no whole "
-            "blocks of %d tokens with %s; %s.",
-            block_size,
-            refusals.kept_of(config),
-            _nearest_fit(config, block_size),
-        )
+    else:
+        return
+    args.enable_prefix_caching = False
+    logger.info("Token Filtering: prefix caching, on by default, is switched off: %s.", why)
 
 
 def _layouts(config: FilterConfig) -> set[Layout]:
@@ -331,5 +325,4 @@ def _limit_steps_of_a_request(vllm_config: VllmConfig) -> None:
     """The same for one request, where a step as a whole may be longer; vLLM takes no limit above `max_model_len`."""
     scheduler = vllm_config.scheduler_config
     if scheduler.enable_chunked_prefill and not scheduler.long_prefill_token_threshold:
-        longest = min(PREFILL_STEP_TOKENS, vllm_config.model_config.max_model_len)
-        scheduler.long_prefill_token_threshold = longest
+        scheduler.long_prefill_token_threshold = min(PREFILL_STEP_TOKENS, vllm_config.model_config.max_model_len)

@@ -44,7 +44,10 @@ class Step:
 
 
 def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, device="cpu"):
-    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers."""
+    """A step as vLLM's runners describe it, with its slots as vLLM computes them, for dense layers.
+
+    As in model runner V2, whether rows are prefilling is told of real ones alone, and lengths of padded ones too.
+    """
     computed, queries = np.array(computed), np.array(queries)
     seq_lens = np.concatenate([computed + queries, np.zeros(padded)]).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(queries), np.full(padded, queries.sum())]).astype(np.int32)
@@ -59,7 +62,7 @@ def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, devi
         torch.from_numpy(starts.copy()),
         torch.from_numpy(seq_lens).to(device),
         torch.from_numpy(seq_lens.copy()),
-        torch.tensor([*(computed == 0 if prefilling is None else prefilling), *[False] * padded]),
+        torch.tensor([*(computed == 0 if prefilling is None else prefilling)]),
         int(seq_lens.max()),
         len(seq_lens),
         torch.from_numpy(np.concatenate([tables, np.zeros((padded, tables.shape[1]), np.int32)])).to(device),
@@ -425,22 +428,3 @@ def test_the_steps_time_their_seals():
     assert steps.counters.seal_seconds == 0, "warming the kernels up is no seal"
     steps.adjust(step([200], [1], tables))
     assert steps.counters.seals == 1 and steps.counters.seal_seconds > 0
-
-
-@pytest.mark.parametrize("ranks, total", [(2, 4), (4, 2), (4, 1)])
-def test_ranks_join_every_head_once_in_the_models_order(monkeypatch, ranks, total):
-    pytest.importorskip("vllm")
-    from vllm_tokenfilter.integration.gpu import backend as gpu_backend
-
-    own, replicas = max(1, total // ranks), max(1, ranks // total)
-    heads = [list(range(rank // replicas * own, rank // replicas * own + own)) for rank in range(ranks)]
-    scores = [torch.tensor(rank, dtype=torch.float32).view(1, 1, -1, 1, 1).expand(2, 3, -1, 2, 8) for rank in heads]
-
-    class Group:
-        def all_gather(self, mine, dim):
-            assert mine.shape == scores[0].shape
-            return torch.cat(scores, dim)
-
-    monkeypatch.setattr(gpu_backend, "get_tp_group", Group)
-    joined = gpu_backend._gather_heads(total, scores[0])
-    assert joined.shape == (2, 3, total, 2, 8) and joined[1, 2, :, 0, 5].tolist() == list(range(total))

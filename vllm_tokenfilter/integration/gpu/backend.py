@@ -80,7 +80,7 @@ class FilteringBuilder(CountingBuilder):
                 max(scheduler.max_num_batched_tokens, *captured),
                 device,
                 self.counters,
-                functools.partial(_open_cache, skipping, vllm_config.cache_config.cache_dtype),
+                functools.partial(_open_cache, skipping),
             )
             if self._steps:
                 self._steps.followed_by(self._skipping.follow, self._num_skipping)
@@ -116,7 +116,7 @@ class FilteringBuilder(CountingBuilder):
             scheduler.max_num_seqs + 1,
             -(-vllm_config.model_config.max_model_len // block_size) + 1,
             device,
-            functools.partial(_open_cache, filtered, cache_config.cache_dtype),
+            functools.partial(_open_cache, filtered),
             functools.partial(_gather_heads, vllm_config.model_config.get_total_num_kv_heads())
             if vllm_config.parallel_config.tensor_parallel_size > 1
             else None,
@@ -197,14 +197,14 @@ def backend_over(name: str) -> type[AttentionBackend]:
     )
 
 
-def _open_cache(layers: dict[int, Attention], cache_dtype: str) -> GpuCache:
-    """The layers' KV cache as the kernels see it.
+def _open_cache(layers: dict[int, Attention]) -> GpuCache:
+    """The KV cache of a group's layers as the kernels see it; vLLM may give its type to some layers only.
 
     Raises:
         UnsupportedError: it lies otherwise than the kernels can follow.
     """
     caches, first = [layer.kv_cache for layer in layers.values()], next(iter(layers.values()))
-    heads, width = first.num_kv_heads, 2 * first.head_size
+    heads, width, cache_dtype = first.num_kv_heads, 2 * first.head_size, first.kv_cache_dtype
     try:
         if caches[0].dim() != 4 or caches[0].shape[1] != heads or caches[0].shape[3] != width:
             raise ValueError(f"a KV cache of shape {tuple(caches[0].shape)}")

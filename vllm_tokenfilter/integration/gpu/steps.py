@@ -71,7 +71,10 @@ class HostLengths:
         query_lens = np.diff(step.query_start_loc_cpu[: num_reqs + 1].numpy()).astype(np.int64)
         num_computed, real = seq_lens - query_lens, query_lens > 0
         if step.is_prefilling is not None:
-            real &= (num_computed > 0) | step.is_prefilling[:num_reqs].numpy()
+            # vLLM's V2 runner pads a decode batch up to its CUDA graph's, but not this.
+            prefilling = np.zeros(num_reqs, bool)
+            prefilling[: len(step.is_prefilling)] = step.is_prefilling[:num_reqs].numpy()
+            real &= (num_computed > 0) | prefilling
         return cls(seq_lens, num_computed, real)
 
 
