@@ -264,7 +264,7 @@ REFUSALS = (
     ),
     Refusal(
         "pipeline_parallel_size",
-        "is for compiled models only on CPU, where vLLM makes room for what a stage receives when it compiles",
+        "needs a compiled model on CPU, where vLLM makes room for what a stage receives while it compiles",
         "leave --enforce-eager out, or use pipeline_parallel_size=1",
         lambda vllm_config, config: (
             _above_one(vllm_config.parallel_config.pipeline_parallel_size)

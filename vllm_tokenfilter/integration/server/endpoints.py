@@ -186,7 +186,7 @@ def _wanted_ratio(body: bytes) -> float | str:
     try:
         wanted = json.loads(body)
     except RecursionError:
-        return f"the body must be JSON without so many brackets inside each other; {remedy}"
+        return f"the body must be JSON that is nested less deeply; {remedy}"
     except ValueError as error:
         return f"the body must be JSON ({error}); {remedy}"
     if not isinstance(wanted, dict):
