@@ -132,7 +132,7 @@ def test_a_compiled_engine_filters(generate):
             {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
             "kv_events_config=enable_kv_cache_events",
         ),
-        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "pipeline_parallel_size=2 is for compiled models only"),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "pipeline_parallel_size=2 needs a compiled model"),
         ({"block_size": 48}, "block_size=48 must be a multiple of 32"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
         ({"additional_config": {"token_filtering": {"dense_layers": [30]}}}, "dense_layers=[30] names layers"),
