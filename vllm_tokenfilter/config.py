@@ -8,11 +8,11 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.layout import Layout
-from vllm_tokenfilter.schedule import ListOf, Number, Schedule, whole_tokens
+from vllm_tokenfilter.schedule import ListOf, Number, Schedule, setting, whole_tokens
 
 #: The key of vLLM's `additional_config` that holds our settings, and our entry-point name.
 CONFIG_KEY = "token_filtering"
@@ -31,40 +31,28 @@ class AttentionSkipping(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    ratio: Number = Field(
-        default=0.0,
+    ratio: Number = setting(
+        0.0,
+        "ratio",
+        "Share of the tokens whose attention a layer skips, as a mean over all layers (0 = off).",
         ge=0.0,
         lt=1.0,
-        description="Share of the tokens whose attention a layer skips, as a mean over all layers (0 = off).",
-        json_schema_extra={"unit": "ratio"},
     )
-    substitute: Substitute = Field(
-        default="window",
-        description=(
-            "What replaces a skipped attention: none (zero, as in the paper), window (attention to the sinks and the "
-            "newest skip_window tokens only), running_output (the decaying mean of the outputs that were not skipped)."
-        ),
-        json_schema_extra={"unit": "name"},
+    substitute: Substitute = setting(
+        "window",
+        "name",
+        "What replaces a skipped attention: none (zero, as in the paper), window (attention to the sinks and the "
+        "newest skip_window tokens only), running_output (the decaying mean of the outputs that were not skipped).",
     )
-    skip_window: int = Field(
-        default=64,
+    skip_window: int = setting(
+        64,
+        "tokens",
+        "Newest stored tokens that the substitute window attends to, the token itself among them.",
         ge=1,
         le=4096,
-        description="Newest stored tokens that the substitute window attends to, the token itself among them.",
-        json_schema_extra={"unit": "tokens"},
     )
-    warmup_tokens: int = Field(
-        default=64,
-        ge=1,
-        le=1_048_576,
-        description="First tokens of a request that are never skipped.",
-        json_schema_extra={"unit": "tokens"},
-    )
-    schedule: Schedule = Field(
-        default=Schedule(),
-        description="How the ratio is spread over the layers.",
-        json_schema_extra={"unit": "settings"},
-    )
+    warmup_tokens: int = setting(64, "tokens", "First tokens of a request that are never skipped.", ge=1, le=1_048_576)
+    schedule: Schedule = setting(Schedule(), "settings", "How the ratio is spread over the layers.")
 
 
 class FilterConfig(BaseModel):
@@ -72,100 +60,53 @@ class FilterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    pruning_ratio: Number = Field(
-        default=0.5,
+    pruning_ratio: Number = setting(
+        0.5,
+        "ratio",
+        "Share of each sealed chunk that is removed from the KV cache (0 = dense, as in stock vLLM).",
         ge=0.0,
         lt=1.0,
-        description="Share of each sealed chunk that is removed from the KV cache (0 = dense, as in stock vLLM).",
-        json_schema_extra={"unit": "ratio"},
     )
-    chunk_size: int = Field(
-        default=64,
-        ge=2,
-        le=4096,
-        description="Tokens that are ranked and sealed together.",
-        json_schema_extra={"unit": "tokens"},
+    chunk_size: int = setting(64, "tokens", "Tokens that are ranked and sealed together.", ge=2, le=4096)
+    recent_window: int = setting(
+        64, "tokens", "Newest tokens, which are never removed; at least chunk_size.", ge=2, le=1_048_576
     )
-    recent_window: int = Field(
-        default=64,
-        ge=2,
-        le=1_048_576,
-        description="Newest tokens, which are never removed; at least chunk_size.",
-        json_schema_extra={"unit": "tokens"},
+    sink_tokens: int = setting(
+        4, "tokens", "First tokens of the sequence, which are never removed; at most what a chunk keeps.", ge=0, le=4096
     )
-    sink_tokens: int = Field(
-        default=4,
-        ge=0,
-        le=4096,
-        description="First tokens of the sequence, which are never removed; at most what a chunk keeps.",
-        json_schema_extra={"unit": "tokens"},
+    anchor_decay: Number = setting(
+        0.9, "factor per token", "Decay of the running anchor per token (0.9 in the paper).", gt=0.0, lt=1.0
     )
-    anchor_decay: Number = Field(
-        default=0.9,
-        gt=0.0,
-        lt=1.0,
-        description="Decay of the running anchor per token (0.9 in the paper).",
-        json_schema_extra={"unit": "factor per token"},
+    anchor_terms: int = setting(
+        64, "tokens", "Earlier tokens that one anchor averages; at most chunk_size.", ge=1, le=4096
     )
-    anchor_terms: int = Field(
-        default=64,
-        ge=1,
-        le=4096,
-        description="Earlier tokens that one anchor averages; at most chunk_size.",
-        json_schema_extra={"unit": "tokens"},
+    fusion: Fusion = setting(
+        "variance_aware",
+        "name",
+        "How key and value similarity become one redundancy: variance_aware gives more weight to the one on which "
+        "the heads agree, mean averages both, key and value use one alone.",
     )
-    fusion: Fusion = Field(
-        default="variance_aware",
-        description=(
-            "How key and value similarity become one redundancy: variance_aware gives more weight to the one on which "
-            "the heads agree, mean averages both, key and value use one alone."
-        ),
-        json_schema_extra={"unit": "name"},
+    selector: Selector = setting(
+        "anchor",
+        "name",
+        "How tokens are ranked: anchor is this plugin's method (key and value similarity to running anchors, see "
+        "fusion); the others are baselines for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and "
+        "recency (StreamingLLM: sinks and newest tokens only).",
     )
-    selector: Selector = Field(
-        default="anchor",
-        description=(
-            "How tokens are ranked: anchor is this plugin's method (key and value similarity to running anchors, see "
-            "fusion); the others are baselines for comparison: random, keydiff, key_norm, value_key_norm, lagkv, and "
-            "recency (StreamingLLM: sinks and newest tokens only)."
-        ),
-        json_schema_extra={"unit": "name"},
+    random_seed: int = setting(0, "seed", "Seed of the selector random; the others ignore it.", ge=0, lt=2**16)
+    dense_layers: ListOf[int] = setting((), "layer indices", "Layers that keep every token, by index from 0.")
+    first_layer: int = setting(0, "layer index", "First filtered layer; all layers before it keep every token.", ge=0)
+    schedule: Schedule = setting(
+        Schedule(), "settings", "How pruning_ratio is spread over the layers; see docs/schedules.md."
     )
-    random_seed: int = Field(
-        default=0,
-        ge=0,
-        lt=2**16,
-        description="Seed of the selector random; the others ignore it.",
-        json_schema_extra={"unit": "seed"},
-    )
-    dense_layers: ListOf[int] = Field(
-        default=(),
-        description="Layers that keep every token, by index from 0.",
-        json_schema_extra={"unit": "layer indices"},
-    )
-    first_layer: int = Field(
-        default=0,
-        ge=0,
-        description="First filtered layer; all layers before it keep every token.",
-        json_schema_extra={"unit": "layer index"},
-    )
-    schedule: Schedule = Field(
-        default=Schedule(),
-        description="How pruning_ratio is spread over the layers; see docs/schedules.md.",
-        json_schema_extra={"unit": "settings"},
-    )
-    attention_skipping: AttentionSkipping = Field(
-        default=AttentionSkipping(),
-        description="The paper's own mode, off by default; see docs/skipping.md.",
-        json_schema_extra={"unit": "settings"},
+    attention_skipping: AttentionSkipping = setting(
+        AttentionSkipping(), "settings", "The paper's own mode, off by default; see docs/skipping.md."
     )
 
-    inner_backend: InnerBackend = Field(
-        default="auto",
-        description=(
-            "On a GPU, the attention backend of vLLM that reads and writes the cache; auto: the one vLLM would choose."
-        ),
-        json_schema_extra={"unit": "name"},
+    inner_backend: InnerBackend = setting(
+        "auto",
+        "name",
+        "On a GPU, the attention backend of vLLM that reads and writes the cache; auto: the one vLLM would choose.",
     )
 
     @property

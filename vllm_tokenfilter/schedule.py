@@ -3,7 +3,7 @@
 Source: docs/schedules.md. The paper (arXiv 2512.07090) prunes later layers only, which is the kind `tail` here.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -27,31 +27,32 @@ Item = TypeVar("Item")
 ListOf = Annotated[tuple[Item, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
+def setting(default: Any, unit: str, description: str, **bounds: Any) -> Any:
+    """A field of our settings; messages, docs/configuration.md and the schema tell its unit and description."""
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **bounds)
+
+
 class Schedule(BaseModel):
     """Which layers carry how much of a ratio; immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    kind: ScheduleKind = Field(
-        default="uniform",
-        description=(
-            "uniform gives every filtered layer the ratio itself; tail puts all of it on the last layers; linear lets "
-            "it rise from the first layer to the last; per_layer takes the ratios of a list. But for uniform beside "
-            "dense layers, the mean over all layers is the ratio."
-        ),
-        json_schema_extra={"unit": "name"},
+    kind: ScheduleKind = setting(
+        "uniform",
+        "name",
+        "uniform gives every filtered layer the ratio itself; tail puts all of it on the last layers; linear lets "
+        "it rise from the first layer to the last; per_layer takes the ratios of a list. But for uniform beside "
+        "dense layers, the mean over all layers is the ratio.",
     )
-    share: Annotated[float | None, AS_FLOAT] = Field(
-        default=None,
+    share: Annotated[float | None, AS_FLOAT] = setting(
+        None,
+        "ratio",
+        "For tail: the share of the layers, counted from the last, that is pruned; 2/3 if not set.",
         gt=0.0,
         le=1.0,
-        description="For tail: the share of the layers, counted from the last, that is pruned; 2/3 if not set.",
-        json_schema_extra={"unit": "ratio"},
     )
-    ratios: ListOf[Number] = Field(
-        default=(),
-        description="For per_layer: the ratio of every layer, from the first to the last.",
-        json_schema_extra={"unit": "ratios"},
+    ratios: ListOf[Number] = setting(
+        (), "ratios", "For per_layer: the ratio of every layer, from the first to the last."
     )
 
     def contradictions(self) -> list[str]:
