@@ -31,31 +31,45 @@ class Metric:
 
     Attributes:
         name: as it is exposed, prefix and suffix included.
-        kind: counters only grow; gauges are as of the last look.
         unit: what is counted.
-        labels: names of the labels.
         help: one sentence.
         read: the samples in a merged status.
+        labels: names of the labels.
     """
 
     name: str
-    kind: Literal["counter", "gauge"]
     unit: str
-    labels: tuple[str, ...]
     help: str
     read: Callable[[Status], Samples]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Literal["counter", "gauge"]:
+        """Counters only grow; gauges are as of the last look."""
+        return "counter" if self.name.endswith("_total") else "gauge"
 
 
-def _total(name: str) -> Callable[[Status], Samples]:
-    return lambda status: [((), getattr(status.counters, name))]
+def _total(name: str, unit: str, help: str) -> Metric:
+    """What a status counts under the same name."""
+    counter = name.removeprefix("tokenfilter_").removesuffix("_total")
+    return Metric(name, unit, help, lambda status: [((), getattr(status.counters, counter))])
 
 
-def _layers_by_reason(name: str) -> Callable[[Status], Samples]:
-    return lambda status: [((reason,), len(layers)) for reason, layers in getattr(status.layers, name).items()]
+def _layers_by_reason(name: str, help: str) -> Metric:
+    """How many layers the plan names, by reason, in its field of the same name."""
+    field = name.removeprefix("tokenfilter_layers_")
+
+    def read(status: Status) -> Samples:
+        return [((reason,), len(layers)) for reason, layers in getattr(status.layers, field).items()]
+
+    return Metric(name, "layers", help, read, ("reason",))
 
 
-def _per_layer_set(value: Callable[[GroupStatus], float]) -> Callable[[Status], Samples]:
-    return lambda status: [((ranges(group.plan.indices),), value(group)) for group in status.groups if group.plan.rows]
+def _per_layer_set(name: str, unit: str, help: str, value: Callable[[GroupStatus], float]) -> Metric:
+    def read(status: Status) -> Samples:
+        return [((ranges(group.plan.indices),), value(group)) for group in status.groups if group.plan.rows]
+
+    return Metric(name, unit, help, read, ("layers",))
 
 
 def _realised_ratio(group: GroupStatus) -> float:
@@ -63,157 +77,85 @@ def _realised_ratio(group: GroupStatus) -> float:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
+    _total(
         "tokenfilter_tokens_seen_total",
-        "counter",
         "tokens",
-        (),
         "Tokens computed: output, and prompts except what the prefix cache held; recomputed tokens count again.",
-        _total("tokens_seen"),
     ),
-    Metric(
-        "tokenfilter_tokens_sealed_total",
-        "counter",
-        "tokens",
-        (),
-        "Tokens of chunks that were ranked and sealed.",
-        _total("tokens_sealed"),
+    _total("tokenfilter_tokens_sealed_total", "tokens", "Tokens of chunks that were ranked and sealed."),
+    _total(
+        "tokenfilter_tokens_pruned_total", "tokens", "Sealed tokens that left the KV cache of every filtered layer."
     ),
-    Metric(
-        "tokenfilter_tokens_pruned_total",
-        "counter",
-        "tokens",
-        (),
-        "Sealed tokens that left the KV cache of every filtered layer.",
-        _total("tokens_pruned"),
-    ),
-    Metric(
-        "tokenfilter_rows_filtered_total",
-        "counter",
-        "rows",
-        (),
-        "Rows (one request in one step) that read a filtered cache.",
-        _total("rows_filtered"),
-    ),
+    _total("tokenfilter_rows_filtered_total", "rows", "Rows (one request in one step) that read a filtered cache."),
     Metric(
         "tokenfilter_rows_dense_total",
-        "counter",
         "rows",
-        ("reason",),
         "Rows that read every token, by reason.",
         lambda status: [((reason,), count) for reason, count in status.counters.rows_dense.items()],
+        ("reason",),
     ),
-    Metric(
-        "tokenfilter_seals_total",
-        "counter",
-        "calls",
-        (),
-        "Calls of the sealing kernel, over all workers and KV-cache groups.",
-        _total("seals"),
-    ),
-    Metric(
+    _total("tokenfilter_seals_total", "calls", "Calls of the sealing kernel, over all workers and KV-cache groups."),
+    _total(
         "tokenfilter_seal_seconds_total",
-        "counter",
         "seconds",
-        (),
         "Time in the sealing kernel, summed over all workers and KV-cache groups; on a GPU, device time.",
-        _total("seal_seconds"),
     ),
-    Metric(
+    _total(
         "tokenfilter_attentions_decided_total",
-        "counter",
         "attentions",
-        (),
         "Attentions (a token in a layer that skips, after the warm-up) that could have been skipped.",
-        _total("attentions_decided"),
     ),
-    Metric(
-        "tokenfilter_attentions_skipped_total",
-        "counter",
-        "attentions",
-        (),
-        "Attentions that were skipped.",
-        _total("attentions_skipped"),
-    ),
-    Metric(
+    _total("tokenfilter_attentions_skipped_total", "attentions", "Attentions that were skipped."),
+    _per_layer_set(
         "tokenfilter_kv_blocks_held",
-        "gauge",
         "blocks",
-        ("layers",),
         "KV-cache blocks that unfinished requests hold, per layer set; a shared block counts for each of them.",
-        _per_layer_set(lambda group: group.blocks_held),
+        lambda group: group.blocks_held,
     ),
-    Metric(
+    _per_layer_set(
         "tokenfilter_kv_blocks_saved",
-        "gauge",
         "blocks",
-        ("layers",),
         "Further KV-cache blocks that unfinished requests would hold if nothing were filtered, per layer set.",
-        _per_layer_set(lambda group: group.blocks_dense - group.blocks_held),
+        lambda group: group.blocks_dense - group.blocks_held,
     ),
-    Metric(
+    _per_layer_set(
         "tokenfilter_realised_ratio",
-        "gauge",
         "ratio",
-        ("layers",),
         "Tokens pruned over tokens seen since start, per layer set; the recent window keeps it below the setting.",
-        _per_layer_set(_realised_ratio),
+        _realised_ratio,
     ),
-    Metric(
+    _per_layer_set(
         "tokenfilter_pruning_ratio",
-        "gauge",
         "ratio",
-        ("layers",),
         "Share of a sealed chunk that is removed now, after rounding to whole tokens; 0 where layers are dense.",
-        _per_layer_set(lambda group: group.plan.effective_ratio),
+        lambda group: group.plan.effective_ratio,
     ),
     Metric(
         "tokenfilter_layers_filtered",
-        "gauge",
         "layers",
-        (),
         "Layers that are filtered.",
         lambda status: [((), len(status.layers.filtered))],
     ),
-    Metric(
-        "tokenfilter_layers_dense",
-        "gauge",
-        "layers",
-        ("reason",),
-        "Layers that keep every token, by reason.",
-        _layers_by_reason("dense"),
-    ),
-    Metric(
-        "tokenfilter_layers_unskipped",
-        "gauge",
-        "layers",
-        ("reason",),
-        "Layers that should skip attention and cannot, by reason.",
-        _layers_by_reason("unskipped"),
-    ),
+    _layers_by_reason("tokenfilter_layers_dense", "Layers that keep every token, by reason."),
+    _layers_by_reason("tokenfilter_layers_unskipped", "Layers that should skip attention and cannot, by reason."),
     Metric(
         "tokenfilter_engines",
-        "gauge",
         "engines",
-        (),
         "Engines (data-parallel ranks) whose figures are summed here.",
         lambda status: [((), status.engines)],
     ),
     Metric(
         LOOKS_FAILED,
-        "counter",
         "looks",
-        (),
         "Failed polls of the engines, at most one a second; meanwhile the other metrics keep their last values.",
         lambda status: [],
     ),
     Metric(
         "tokenfilter_config_info",
-        "gauge",
         "info",
-        ("version", *FilterConfig.model_fields),
         "1 for the settings in force, 0 for settings that a change at run time replaced.",
         lambda status: [((__version__, *map(str, status.settings_in_force.values())), 1)],
+        ("version", *FilterConfig.model_fields),
     ),
 )
 
