@@ -84,12 +84,8 @@ def follow_seals(carried: CarriedOnDevice, due: DueSealsOnDevice, layout: Layout
 
 @triton.jit(do_not_specialize=PER_SEAL, do_not_specialize_on_alignment=PER_SEAL)
 def carry_scores_kernel(
-    block_tables,  # int32 [num_rows, block_tables_stride]
-    block_tables_stride,
+    block_tables, block_tables_stride, first_chunk, last_chunk, shared_chunks,  # see DueSealsOnDevice
     num_tokens,  # int32 [num_rows]
-    first_chunk,  # int32 [num_rows]
-    last_chunk,  # int32 [num_rows]
-    shared_chunks,  # int32 [num_rows]
     scores,  # float32 [num_layers, carried_stride]
     debts,  # int32 [num_layers, carried_stride]
     carried_stride,
@@ -123,12 +119,8 @@ def carry_scores_kernel(
 
 @triton.jit(do_not_specialize=PER_SEAL, do_not_specialize_on_alignment=PER_SEAL)
 def carry_means_kernel(
-    block_tables,  # int32 [num_rows, block_tables_stride]
-    block_tables_stride,
+    block_tables, block_tables_stride, first_chunk, last_chunk, shared_chunks,  # see DueSealsOnDevice
     num_tokens,  # int32 [num_rows]
-    first_chunk,  # int32 [num_rows]
-    last_chunk,  # int32 [num_rows]
-    shared_chunks,  # int32 [num_rows]
     means,  # float32 [num_layers, num_blocks, WIDTH]
     weights,  # float32 [num_layers, num_blocks, num_tiles]
     num_blocks,

@@ -72,16 +72,11 @@ def _move(
 
 @triton.jit(do_not_specialize=PER_SEAL, do_not_specialize_on_alignment=PER_SEAL)
 def compact_kernel(
-    layer_addresses,  # int64 [num_layers]
-    block_tables,  # int32 [num_rows, block_tables_stride]
-    block_tables_stride,
+    block_tables, block_tables_stride, first_chunk, last_chunk, shared_chunks,  # see DueSealsOnDevice
+    layer_addresses, block_stride, head_stride, token_stride,  # see GpuCache
     num_tokens,  # int32 [num_rows]
-    first_chunk,  # int32 [num_rows]
-    last_chunk,  # int32 [num_rows]
-    shared_chunks,  # int32 [num_rows]
     first_task,  # int32 [num_rows], the task of the row's first chunk
     num_tasks,
-    block_stride, head_stride, token_stride,
     saved_redundancy,  # float32 [num_layers, saved_stride], updated
     saved_stride,
     known,  # float32 [num_layers, num_tasks, C]

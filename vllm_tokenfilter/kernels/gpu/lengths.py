@@ -54,15 +54,8 @@ def adjust_step(
 ) -> None:
     """Fill `buffers` and rewrite `slot_mapping` in place for a step; one launch.
 
-    Args:
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], tokens once the step is done.
-        block_tables: int32 [num_reqs, max_blocks].
-        slot_mapping: int64 [num_tokens].
-        buffers: see `StepBuffers`.
-        layout: the layout's integers.
-        block_size: tokens per entry of the block table.
-        mark_blocks: entries of the mark behind what was taken over; 0 where no prefixes are shared under any layout.
+    Tensors as in `adjust_step_kernel`. `block_size` is the tokens per entry of the block table, `mark_blocks` the
+    entries of the mark behind what was taken over: 0 where no prefixes are shared under any layout.
     """
     assert query_start_loc.dtype == seq_lens.dtype == block_tables.dtype == torch.int32
     assert slot_mapping.dtype == torch.int64 and block_tables.stride(1) == 1

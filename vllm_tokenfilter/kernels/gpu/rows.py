@@ -95,20 +95,11 @@ class SkipRowsOnDevice:
 
 
 def describe_rows(
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    shared_chunks: Tensor | None,
-    buffers: SkipBuffers,
-    layout: Layout | None,
+    query_start_loc: Tensor, seq_lens: Tensor, shared_chunks: Tensor | None, buffers: SkipBuffers, layout: Layout | None
 ) -> None:
     """Fill `buffers.rows` for a step, once for all its layers; one launch.
 
-    Args:
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], tokens once the step is done.
-        shared_chunks: int32 [num_reqs], chunks taken over sealed, or NO_SEALS; None where nothing is filtered.
-        buffers: see `SkipBuffers`.
-        layout: where the layers' tokens lie; None if they keep every token.
+    Tensors as in `describe_rows_kernel`; `shared_chunks` and `layout` are None where the layers keep every token.
     """
     assert seq_lens.shape[0] <= buffers.rows.shape[1], "more rows than the buffers were made for"
     describe_rows_kernel[(seq_lens.shape[0],)](
@@ -128,7 +119,7 @@ def describe_rows(
 def describe_rows_kernel(
     query_start_loc,  # int32 [num_reqs + 1]
     seq_lens,  # int32 [num_reqs], tokens once the step is done
-    shared_chunks,  # int32 [num_reqs], chunks taken over sealed; unused where nothing is filtered
+    shared_chunks,  # int32 [num_reqs], chunks taken over sealed, or NO_SEALS; unused where nothing is filtered
     rows,  # int32 [3, rows_stride], out: slot of the first new token, first raw slot, position of the first new token
     rows_stride,
     C: tl.constexpr, K: tl.constexpr, W: tl.constexpr, FILTERED: tl.constexpr,

@@ -120,16 +120,11 @@ def warm_up(
 
 @triton.jit(do_not_specialize=["layer", "num_reqs"])
 def compare_tokens_kernel(
-    layer_addresses,  # int64 [num_layers]
+    layer_addresses, block_stride, head_stride, token_stride,  # see GpuCache
+    query_start_loc, slot_mapping, block_tables, block_tables_stride,  # see SkipRowsOnDevice
+    rows, rows_stride,  # see SkipBuffers
     layer,
-    query_start_loc,  # int32 [num_reqs + 1]
     num_reqs,
-    rows,  # int32 [3, rows_stride]
-    rows_stride,
-    slot_mapping,  # int64 [num_tokens]
-    block_tables,  # int32 [num_reqs, block_tables_stride]
-    block_tables_stride,
-    block_stride, head_stride, token_stride,
     head_scores,  # float32 [num_heads, 2, CAPACITY], out
     decay_log2,
     M: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -164,14 +159,10 @@ def compare_tokens_kernel(
 
 @triton.jit(do_not_specialize=["layer", "ratio"])
 def decide_rows_kernel(
+    query_start_loc, slot_mapping, block_tables, block_tables_stride,  # see SkipRowsOnDevice
+    rows, rows_stride,  # see SkipBuffers
     head_scores,  # float32 [num_heads, 2, CAPACITY]
     num_heads,
-    query_start_loc,  # int32 [num_reqs + 1]
-    rows,  # int32 [3, rows_stride]
-    rows_stride,
-    slot_mapping,  # int64 [num_tokens]
-    block_tables,  # int32 [num_reqs, block_tables_stride]
-    block_tables_stride,
     scores,  # float32 [num_layers, carried_stride], by physical slot, updated
     debts,  # int32 [num_layers, carried_stride], likewise, in 1 / UNITS of a token
     carried_stride,

@@ -30,21 +30,10 @@ def put_substitute(
     key_scale: Tensor,
     value_scale: Tensor,
 ) -> None:
-    """Replace the outputs of skipped attentions in one layer. One launch.
+    """Replace the outputs of skipped attentions in one layer, which `skip.decide` was called for. One launch.
 
-    Args:
-        carried: the cache and the means of outputs, updated.
-        rule: sinks, window and decay.
-        step: the step.
-        buffers: filled by `skip.decide` for this layer.
-        layer: index into the cache's layers.
-        substitute: what stands for a skipped attention.
-        query: [>= num_tokens, num_heads, head_size], contiguous but for the first dimension.
-        output: like query, or flat; changed in place.
-        scale: of the scores.
-        softcap: of the scores; 0 for none.
-        key_scale: float32, one element, of an fp8 cache's keys.
-        value_scale: the same of its values.
+    Arguments as there, and as in the kernels below. `query` is [>= num_tokens, num_heads, head_size], contiguous but
+    for the first dimension; `output` is like it, or flat. The means of outputs in `carried` are updated.
     """
     cache = carried.cache
     width = output.shape[-1] * (output.shape[1] if output.dim() == 3 else 1)
@@ -116,21 +105,16 @@ def put_zero_kernel(
 
 @triton.jit(do_not_specialize=["layer", "num_reqs"])
 def attend_window_kernel(
+    layer_addresses, block_stride, head_stride, token_stride,  # see GpuCache
+    query_start_loc, slot_mapping, block_tables, block_tables_stride,  # see SkipRowsOnDevice
+    rows, rows_stride,  # see SkipBuffers
     query,  # [num_tokens, num_heads, D], rows query_stride apart
     query_stride,
     output,  # like query, rows output_stride apart; changed in place
     output_stride,
-    layer_addresses,  # int64 [num_layers]
     layer,
-    query_start_loc,  # int32 [num_reqs + 1]
     num_reqs,
-    rows,  # int32 [3, rows_stride]
-    rows_stride,
-    slot_mapping,  # int64 [num_tokens]
     skipped,  # int32 [CAPACITY]
-    block_tables,  # int32 [num_reqs, block_tables_stride]
-    block_tables_stride,
-    block_stride, head_stride, token_stride,
     key_scale,  # float32 [1], of an fp8 cache
     value_scale,  # likewise
     scale,
@@ -186,13 +170,9 @@ def attend_window_kernel(
 
 @triton.jit(do_not_specialize=["layer"])
 def average_outputs_kernel(
-    query_start_loc,  # int32 [num_reqs + 1]
-    rows,  # int32 [3, rows_stride]
-    rows_stride,
-    slot_mapping,  # int64 [num_tokens]
+    query_start_loc, slot_mapping, block_tables, block_tables_stride,  # see SkipRowsOnDevice
+    rows, rows_stride,  # see SkipBuffers
     skipped,  # int32 [CAPACITY]
-    block_tables,  # int32 [num_reqs, block_tables_stride]
-    block_tables_stride,
     means,  # float32 [num_layers, num_blocks, WIDTH], by the block of a request's newest token, updated
     weights,  # float32 [num_layers, num_blocks, num_tiles], what the means weigh: a copy for each program
     num_blocks,
