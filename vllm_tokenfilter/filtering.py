@@ -76,9 +76,7 @@ def redundancy(keys: Tensor, values: Tensor, *, decay: float, terms: int, fusion
     """
     keys, values = keys.float(), values.float()
     return fuse(
-        similarity(keys, anchors(keys, decay, terms)),
-        similarity(values, anchors(values, decay, terms)),
-        fusion,
+        similarity(keys, anchors(keys, decay, terms)), similarity(values, anchors(values, decay, terms)), fusion
     )
 
 

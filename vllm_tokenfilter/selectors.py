@@ -47,11 +47,7 @@ def chunk_redundancy(chunk: RawChunk, config: FilterConfig) -> Tensor:
     match config.selector:
         case "anchor":
             return redundancy(
-                chunk.keys,
-                chunk.values,
-                decay=config.anchor_decay,
-                terms=config.anchor_terms,
-                fusion=config.fusion,
+                chunk.keys, chunk.values, decay=config.anchor_decay, terms=config.anchor_terms, fusion=config.fusion
             )[chunk.num_before :]
         case "random":
             return random_scores(chunk, config.random_seed)

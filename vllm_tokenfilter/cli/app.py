@@ -41,8 +41,7 @@ def serve(
     context: typer.Context,
     config: Annotated[list[str] | None, typer.Option(help="A vLLM --config file, such as those in configs/.")] = None,
     pruning_ratio: Annotated[
-        float | None,
-        typer.Option(help="Share of each sealed chunk to remove from the cache; wins over the file."),
+        float | None, typer.Option(help="Share of each sealed chunk to remove from the cache; wins over the file.")
     ] = None,
 ) -> None:
     """Run vLLM's OpenAI-compatible server with Token Filtering on; any vLLM server flag can follow.

@@ -153,8 +153,7 @@ def tune(
     device: Annotated[str | None, typer.Option(help="PyTorch device; default: a GPU if there is one.")] = None,
     out_json: Annotated[Path | None, typer.Option("--json", help="Also write every trial to this file.")] = None,
     reuse: Annotated[
-        Path | None,
-        typer.Option(help="Take the layers' trials from such a file: another ratio takes a minute."),
+        Path | None, typer.Option(help="Take the layers' trials from such a file: another ratio takes a minute.")
     ] = None,
 ) -> None:
     """Find a model's retrieval layers once, and write the settings that prune the others; needs no data of yours."""

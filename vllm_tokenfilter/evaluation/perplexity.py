@@ -40,13 +40,8 @@ def measure(
 ) -> tuple[dict[str, float], list[float]]:
     """Score every window with the filter's present settings: the values of a cell, and each window's mean loss in nats.
 
-    Args:
-        scorer: the engine.
-        windows: token ids.
-        step_tokens: tokens of each step.
-        dense: last hidden states of the dense model, one [num_tokens, hidden_size] per window: filled if empty (the
-            settings must then be dense), compared with if not.
-        advance: called once a window is done.
+    Arguments as in `score_tails`, the windows being its texts. `dense` holds the dense model's last hidden states,
+    one [num_tokens, hidden_size] per window: filled if empty (the settings must then be dense), compared with if not.
     """
     scores = [WindowScores() for _ in windows]
     record = not dense

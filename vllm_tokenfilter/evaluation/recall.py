@@ -76,19 +76,9 @@ def _copy(tokenizer: Any, prose: list[int], length: int, depth: float, draw: ran
     return _hide(tokenizer, prose, length, depth, draw, fact, "\n\nOnce more, the list is:", f" {words}")
 
 
-def _hide(
-    tokenizer: Any,
-    prose: list[int],
-    length: int,
-    depth: float,
-    draw: random.Random,
-    fact: str,
-    question: str,
-    answer: str,
-) -> RecallTrial:
-    fact_ids, question_ids, answer_ids = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (fact, question, answer)
-    )
+def _hide(tokenizer: Any, prose: list[int], length: int, depth: float, draw: random.Random, *parts: str) -> RecallTrial:
+    """The trial of a fact, a question and an answer."""
+    fact_ids, question_ids, answer_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
     num_prose = length - len(fact_ids) - len(question_ids)
     start = draw.randrange(len(prose) - num_prose)
     text = prose[start : start + num_prose]
@@ -104,11 +94,7 @@ def measure(
 ) -> tuple[dict[str, float], list[float]]:
     """Ask every question with the filter's present settings: the values of a cell, and each one's token accuracy.
 
-    Args:
-        scorer: the engine.
-        trials: the questions.
-        step_tokens: tokens of each step.
-        advance: called once a question is answered.
+    Arguments as in `score_tails`, the trials being its texts.
     """
     texts, lengths = [trial.tokens for trial in trials], [trial.num_answer for trial in trials]
     answers = score_tails(scorer, texts, lengths, step_tokens, advance)

@@ -103,18 +103,8 @@ def inspect_text(engine: "ScoringEngine", text: InspectedText, config: FilterCon
         np.stack([running_similarity(of[layer], config.anchor_decay, config.anchor_terms).mean(0) for layer in layers])
         for of in (seen.keys, seen.values)
     )
-    return Inspection(
-        text,
-        layers,
-        engine.status().layers.dense,
-        states,
-        keys,
-        values,
-        dense.numpy(),
-        filtered.numpy(),
-        same.numpy(),
-        kl.numpy(),
-    )
+    predictions = (of.numpy() for of in (dense, filtered, same, kl))
+    return Inspection(text, layers, engine.status().layers.dense, states, keys, values, *predictions)
 
 
 def running_similarity(x: torch.Tensor, decay: float, terms: int) -> NDArray[np.float32]:

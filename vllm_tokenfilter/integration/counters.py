@@ -73,7 +73,4 @@ class StepCounters:
 
     def as_dict(self) -> dict[str, Any]:
         """The totals as plain types."""
-        return {
-            **vars(self),
-            "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()},
-        }
+        return {**vars(self), "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()}}

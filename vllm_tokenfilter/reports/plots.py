@@ -4,14 +4,7 @@ import io
 from typing import Any
 
 from vllm_tokenfilter.errors import EvaluationError
-from vllm_tokenfilter.reports.figures import (
-    Curve,
-    Result,
-    joined,
-    lengths,
-    quality_curves,
-    speed_curves,
-)
+from vllm_tokenfilter.reports.figures import Curve, Result, joined, lengths, quality_curves, speed_curves
 
 INK = "#57606a"
 # Distinguishable without colour too: ours is drawn thick, every baseline has a marker of its own.

@@ -83,11 +83,7 @@ def damage_of(score: Score, dense: Score) -> float:
 
 
 def search(
-    tuner: Tuner,
-    texts: list[TuningText],
-    ratio: float,
-    progress: Progress,
-    known: Sequence[Score] = (),
+    tuner: Tuner, texts: list[TuningText], ratio: float, progress: Progress, known: Sequence[Score] = ()
 ) -> tuple[list[Score], FilterConfig]:
     """Find which layers to prune, and say what the result costs.
 

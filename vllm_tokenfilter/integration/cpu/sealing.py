@@ -69,11 +69,7 @@ class FilteredCache:
 
 
 def seal(
-    due: DueSeals,
-    cache: FilteredCache,
-    layout: Layout,
-    config: FilterConfig,
-    carried: NDArray[np.int64] | None = None,
+    due: DueSeals, cache: FilteredCache, layout: Layout, config: FilterConfig, carried: NDArray[np.int64] | None = None
 ) -> SealedChunks:
     """Seal what is due in every filtered layer, in place.
 

@@ -130,11 +130,7 @@ class CpuSkipStep:
         np.cumsum(query_lens, out=starts[1:])
         slots = num_computed - removed
         rows = skip.SkipRows(
-            block_tables=np.ascontiguousarray(block_tables),
-            starts=starts,
-            slots=slots,
-            raw=raw,
-            positions=num_computed,
+            block_tables=np.ascontiguousarray(block_tables), starts=starts, slots=slots, raw=raw, positions=num_computed
         )
         cold = np.clip(layers.rule.warmup - num_computed, 0, query_lens)
         state = skip.SkipState(

@@ -97,10 +97,7 @@ def _child(model: str, settings: dict[str, Any] | None, out: Path) -> None:
 
     arguments: dict[str, Any] = {}
     if settings is not None:
-        arguments = {
-            "attention_backend": "TOKEN_FILTERING",
-            "additional_config": {CONFIG_KEY: settings},
-        }
+        arguments = {"attention_backend": "TOKEN_FILTERING", "additional_config": {CONFIG_KEY: settings}}
     if Path(model).exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # On a GPU with CUDA graphs, as it will be served: the status says which mode is in force.
