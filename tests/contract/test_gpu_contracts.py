@@ -241,7 +241,7 @@ def on_cuda(monkeypatch):
 def test_the_refusal_names_setting_value_and_remedy(on_cuda, inner, ratio, refused):
     config = FilterConfig.parse({"attention_skipping": {"ratio": ratio}, "inner_backend": inner})
     about = [refusal for refusal in refusals.REFUSALS if refusal.setting == "inner_backend"]
-    sentences = [r.sentence(value) for r in about if (value := r.found(None, config)) is not None]
+    sentences = [r.sentence(value) for r in about if (value := r.found(None, config))]
     assert len(sentences) == refused
     for sentence in sentences:
         assert f"inner_backend={inner} " in sentence and "inner_backend: TRITON_ATTN" in sentence

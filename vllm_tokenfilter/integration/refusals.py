@@ -32,7 +32,7 @@ class Refusal:
         setting: what the user set, in vLLM's words.
         reason: why it cannot hold.
         remedy: what to do instead.
-        found: the refused value in a configuration, or None where there is nothing to refuse.
+        found: the refused value in a configuration, or something false where there is nothing to refuse.
     """
 
     setting: str
@@ -86,9 +86,8 @@ def _num_layers(vllm_config: VllmConfig) -> int:
     return vllm_config.model_config.get_total_num_hidden_layers()
 
 
-def _missing_layers(vllm_config: VllmConfig, config: FilterConfig) -> str | None:
-    missing = [index for index in config.dense_layers if index >= _num_layers(vllm_config)]
-    return f"{missing}" if missing else None
+def _missing_layers(vllm_config: VllmConfig, config: FilterConfig) -> list[int]:
+    return [index for index in config.dense_layers if index >= _num_layers(vllm_config)]
 
 
 def _layouts(vllm_config: VllmConfig, config: FilterConfig) -> list[Layout | None]:
@@ -104,11 +103,6 @@ def _nothing_filtered(vllm_config: VllmConfig, config: FilterConfig) -> str | No
     if config.pruning_ratio == 0 or config.schedule.kind != "uniform" or not layouts or any(layouts):
         return None
     return f"{config.first_layer}, dense_layers={list(config.dense_layers)}"
-
-
-def _only(value: Any) -> Any:
-    """The value if it is something, else None."""
-    return value if value else None
 
 
 VERSION = Refusal(
@@ -132,7 +126,7 @@ REFUSALS = (
         "names an attention backend for GPUs",
         "leave it out on CPU",
         lambda vllm_config, config: (
-            config.inner_backend if current_platform.is_cpu() and config.inner_backend != "auto" else None
+            current_platform.is_cpu() and config.inner_backend != "auto" and config.inner_backend
         ),
     ),
     Refusal(
@@ -155,15 +149,13 @@ REFUSALS = (
         "enable_dbo",
         "splits a step in two, and seals are due for a whole step",
         "leave dual-batch overlap off",
-        lambda vllm_config, config: _only(current_platform.is_cuda() and vllm_config.parallel_config.enable_dbo),
+        lambda vllm_config, config: current_platform.is_cuda() and vllm_config.parallel_config.enable_dbo,
     ),
     Refusal(
         "ubatch_size",
         "splits a step in parts, and seals are due for a whole step",
         "use ubatch_size=0",
-        lambda vllm_config, config: (
-            _above_one(vllm_config.parallel_config.ubatch_size) if current_platform.is_cuda() else None
-        ),
+        lambda vllm_config, config: current_platform.is_cuda() and _above_one(vllm_config.parallel_config.ubatch_size),
     ),
     Refusal(
         "enable_prefix_caching",
@@ -183,35 +175,31 @@ REFUSALS = (
         "reports cached blocks by position, and filtered blocks are packed",
         "leave KV cache events off",
         lambda vllm_config, config: (
-            "enable_kv_cache_events"
-            if config.pruning_ratio > 0
+            config.pruning_ratio > 0
             and vllm_config.kv_events_config is not None
             and vllm_config.kv_events_config.enable_kv_cache_events
-            else None
+            and "enable_kv_cache_events"
         ),
     ),
     Refusal(
         "model",
         "uses multi-head latent attention (MLA), which keeps no separate keys and values",
         "serve it with another --attention-backend",
-        lambda vllm_config, config: vllm_config.model_config.model if vllm_config.model_config.use_mla else None,
+        lambda vllm_config, config: vllm_config.model_config.use_mla and vllm_config.model_config.model,
     ),
     Refusal(
         "model",
         "is an encoder-decoder with cross attention, which has no token order to filter by",
         "serve it with another --attention-backend",
-        lambda vllm_config, config: (
-            vllm_config.model_config.model if vllm_config.model_config.is_encoder_decoder else None
-        ),
+        lambda vllm_config, config: vllm_config.model_config.is_encoder_decoder and vllm_config.model_config.model,
     ),
     Refusal(
         "model",
         "attends to later tokens in parts of its prompt (prefix LM, or a reference window)",
         "serve it with another --attention-backend",
         lambda vllm_config, config: (
-            vllm_config.model_config.model
-            if vllm_config.model_config.is_mm_prefix_lm or vllm_config.model_config.rswa_window is not None
-            else None
+            (vllm_config.model_config.is_mm_prefix_lm or vllm_config.model_config.rswa_window is not None)
+            and vllm_config.model_config.model
         ),
     ),
     Refusal(
@@ -226,29 +214,25 @@ REFUSALS = (
         "attention_config.backend_per_kind",
         "selects a backend for each kind of layer, but the plugin decides which layers are filtered",
         "leave it out, select TOKEN_FILTERING for all layers, and name those to keep dense in dense_layers",
-        lambda vllm_config, config: _only(list(vllm_config.attention_config.backend_per_kind)),
+        lambda vllm_config, config: list(vllm_config.attention_config.backend_per_kind),
     ),
     Refusal(
         "attention_config.use_non_causal",
         "attends to later tokens",
         "leave it off",
-        lambda vllm_config, config: _only(vllm_config.attention_config.use_non_causal),
+        lambda vllm_config, config: vllm_config.attention_config.use_non_causal,
     ),
     Refusal(
         "speculative_config",
         "takes tokens back after they are written, and a sealed token cannot be taken back",
         "leave speculative decoding off",
-        lambda vllm_config, config: (
-            vllm_config.speculative_config.method if vllm_config.speculative_config is not None else None
-        ),
+        lambda vllm_config, config: vllm_config.speculative_config and vllm_config.speculative_config.method,
     ),
     Refusal(
         "kv_transfer_config",
         "moves KV blocks by position, and filtered blocks are packed",
         "leave the KV connector off",
-        lambda vllm_config, config: (
-            vllm_config.kv_transfer_config.kv_connector if vllm_config.kv_transfer_config is not None else None
-        ),
+        lambda vllm_config, config: vllm_config.kv_transfer_config and vllm_config.kv_transfer_config.kv_connector,
     ),
     Refusal(
         "decode_context_parallel_size",
@@ -267,9 +251,9 @@ REFUSALS = (
         "needs a compiled model on CPU, where vLLM makes room for what a stage receives while it compiles",
         "leave --enforce-eager out, or use pipeline_parallel_size=1",
         lambda vllm_config, config: (
-            _above_one(vllm_config.parallel_config.pipeline_parallel_size)
-            if current_platform.is_cpu() and vllm_config.compilation_config.mode == CompilationMode.NONE
-            else None
+            current_platform.is_cpu()
+            and vllm_config.compilation_config.mode == CompilationMode.NONE
+            and _above_one(vllm_config.parallel_config.pipeline_parallel_size)
         ),
     ),
     Refusal(
@@ -289,16 +273,16 @@ REFUSALS = (
         "kv_sharing_fast_prefill",
         "replaces the attention metadata we adjust",
         "leave it off",
-        lambda vllm_config, config: _only(vllm_config.cache_config.kv_sharing_fast_prefill),
+        lambda vllm_config, config: vllm_config.cache_config.kv_sharing_fast_prefill,
     ),
     Refusal(
         "block_size",
         "must be a multiple of 32, which the CPU attention kernels need",
         "use a multiple of 32, such as 128, or leave it out",
         lambda vllm_config, config: (
-            vllm_config.cache_config.block_size
-            if current_platform.is_cpu() and (vllm_config.cache_config.block_size or 32) % 32
-            else None
+            current_platform.is_cpu()
+            and (vllm_config.cache_config.block_size or 32) % 32
+            and vllm_config.cache_config.block_size
         ),
     ),
     Refusal(
@@ -306,9 +290,7 @@ REFUSALS = (
         "decides from all KV heads, and tensor parallelism splits them over ranks",
         "use tensor_parallel_size=1, or attention_skipping.ratio=0",
         lambda vllm_config, config: (
-            config.attention_skipping.ratio
-            if config.attention_skipping.ratio > 0 and vllm_config.parallel_config.tensor_parallel_size > 1
-            else None
+            vllm_config.parallel_config.tensor_parallel_size > 1 and config.attention_skipping.ratio
         ),
     ),
     Refusal(
@@ -316,11 +298,10 @@ REFUSALS = (
         "may plan a step's reads before its forward pass, and attention skipping shortens them during it",
         "use inner_backend: TRITON_ATTN on a GPU, or attention_skipping.ratio=0",
         lambda vllm_config, config: (
-            config.inner_backend
-            if config.attention_skipping.ratio > 0
+            config.attention_skipping.ratio > 0
             and current_platform.is_cuda()
             and config.inner_backend != "TRITON_ATTN"
-            else None
+            and config.inner_backend
         ),
     ),
     Refusal(
@@ -366,9 +347,9 @@ def kept_of(config: FilterConfig) -> str:
     )
 
 
-def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool | None:
+def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool:
     kinds = len(set(_layouts(vllm_config, config)))
-    return _only(kinds > 1 and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager)
+    return kinds > 1 and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
 def _above_one(value: int) -> int | None:

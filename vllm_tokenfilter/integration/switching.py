@@ -238,8 +238,7 @@ class Control:
         reasons = [
             refusal.sentence(value)
             for refusal in refusals.REFUSALS
-            if refusal.setting != "enable_prefix_caching"
-            and (value := refusal.found(core.vllm_config, config)) is not None
+            if refusal.setting != "enable_prefix_caching" and (value := refusal.found(core.vllm_config, config))
         ]
         if reasons:
             return " ".join(reasons)
