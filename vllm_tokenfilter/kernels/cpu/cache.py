@@ -107,15 +107,15 @@ def element_order(tokens: NDArray[np.int64], dims: NDArray[np.int64]) -> int:
     return BY_TABLE
 
 
+def fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
+    """Fields of a structure that follow each other and are of one type."""
+    return tuple((name, kind) for name in names.split())
+
+
 class CacheStruct(ctypes.Structure):
     """`struct cache` of cache.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("elements", "table", "layer_starts")),
-        *((name, ctypes.c_void_p) for name in ("key_tokens", "key_dims", "value_tokens", "value_dims")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("block_stride", "head_stride", "encoding", "heads", "block_size", "dims")
-        ),
-        *((name, ctypes.c_int64) for name in ("key_order", "value_order")),
+        *fields(ctypes.c_void_p, "elements table layer_starts key_tokens key_dims value_tokens value_dims"),
+        *fields(ctypes.c_int64, "block_stride head_stride encoding heads block_size dims key_order value_order"),
     )

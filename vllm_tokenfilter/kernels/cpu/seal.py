@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
-from vllm_tokenfilter.kernels.cpu.cache import PagedCache, pointer
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache, fields, pointer
 from vllm_tokenfilter.kernels.plan import DuePlan
 from vllm_tokenfilter.kernels.rules import SELECTOR_CODES, ScoreRule
 from vllm_tokenfilter.layout import Layout
@@ -110,8 +110,8 @@ def seal_chunks(
 
 class _SealRule(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("size", "keep", "sinks", "terms", "selector", "fusion", "seed")),
-        *((name, ctypes.c_float) for name in ("decay", "dropped")),
+        *fields(ctypes.c_int64, "size keep sinks terms selector fusion seed"),
+        *fields(ctypes.c_float, "decay dropped"),
     )
 
 
@@ -124,7 +124,6 @@ def _rule_struct(layout: Layout, rule: ScoreRule) -> _SealRule:
 class _SealRows(ctypes.Structure):
     _fields_ = (
         ("block_tables", ctypes.c_void_p),
-        ("block_tables_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("num_tokens", "first_chunk", "last_chunk", "shared_chunks", "ends")),
+        *fields(ctypes.c_int64, "block_tables_stride num_rows"),
+        *fields(ctypes.c_void_p, "num_tokens first_chunk last_chunk shared_chunks ends"),
     )

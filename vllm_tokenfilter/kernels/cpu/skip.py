@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
-from vllm_tokenfilter.kernels.cpu.cache import PagedCache, pointer
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache, fields, pointer
 from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 
 
@@ -73,18 +73,10 @@ class SkipState:
         stored_lens: NDArray[np.int32] | None = None,
         substitute: Substitute = "none",
     ) -> None:
-        """Make room.
+        """Make room, for kernels that run on `num_threads` threads of PyTorch's pool.
 
-        Args:
-            cache: the layers' cache.
-            rule: how to decide.
-            rows: see above.
-            carried: see above.
-            anchors: float32 [num_layers, num_blocks, 2 * num_kv_heads * head_size]: of keys and values, by the block
-                of a request's newest token.
-            num_threads: threads of PyTorch's pool to run on.
-            stored_lens: see above; None where nothing is attended.
-            substitute: what stands for a skipped attention.
+        `anchors` is float32 [num_layers, num_blocks, 2 * num_kv_heads * head_size]: of keys and values, by the block of
+        a request's newest token. Without `stored_lens` nothing is attended.
         """
         self.rows, self.carried = rows, carried
         self.stored_lens = np.ones(len(rows.slots), np.int32) if stored_lens is None else stored_lens
@@ -126,10 +118,7 @@ def decide_skips(state: SkipState, layer: int, ratio_units: int) -> NDArray[np.u
 def clear_skipped(state: SkipState, out: int, row_bytes: int) -> None:
     """Put zeros in place of the skipped tokens' outputs.
 
-    Args:
-        state: with the layer's decisions.
-        out: address of one row per token, `row_bytes` long; nothing lies between rows.
-        row_bytes: see above.
+    `out` is the address of one row per token, `row_bytes` long; nothing lies between rows.
     """
     state.kernels.clear_skipped(state.address, out, row_bytes)
 
@@ -148,17 +137,9 @@ def attend_window(
 ) -> None:
     """Attention of skipped tokens to the sinks and the newest stored tokens only, in one layer.
 
-    Args:
-        state: with the layer's decisions.
-        layer: index into the cache's layers.
-        group: query heads of one KV head.
-        scale: of the scores.
-        softcap: of the scores; 0 for none.
-        query: address of the queries, [num_tokens, num_heads * head_size].
-        query_stride: elements from one token's queries to the next.
-        out: address of the outputs, like the queries; the skipped tokens' rows are written, the others stay.
-        out_stride: likewise.
-        encoding: of both, FLOAT32 or BFLOAT16.
+    `group` is the query heads of one KV head; `softcap` 0 is none. `query` and `out` are the addresses of queries and
+    outputs, [num_tokens, num_heads * head_size], `encoding` is that of both, FLOAT32 or BFLOAT16, and the strides are
+    the elements from one token to the next. The skipped tokens' rows are written, the others stay.
     """
     state.kernels.attend_window(
         state.address, layer, group, scale, softcap, query, query_stride, out, out_stride, encoding
@@ -196,21 +177,15 @@ def _kernels() -> ctypes.CDLL:
 
 class _SkipState(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("cache", "rule", "rows", "carried", "anchors", "stored_lens", "skipped", "read_lens", "totals")
-        ),
-        *((name, ctypes.c_int64) for name in ("carried_stride", "anchors_stride", "skipped_reads", "num_threads")),
+        *fields(ctypes.c_void_p, "cache rule rows carried anchors stored_lens skipped read_lens totals"),
+        *fields(ctypes.c_int64, "carried_stride anchors_stride skipped_reads num_threads"),
     )
 
 
 class _SkipRule(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("terms", "fusion", "history", "warmup", "sinks", "window", "units", "patience")
-        ),
-        *((name, ctypes.c_float) for name in ("decay", "dropped")),
+        *fields(ctypes.c_int64, "terms fusion history warmup sinks window units patience"),
+        *fields(ctypes.c_float, "decay dropped"),
     )
 
 
@@ -223,7 +198,6 @@ def _rule_struct(rule: SkipRule) -> _SkipRule:
 class _SkipRows(ctypes.Structure):
     _fields_ = (
         ("block_tables", ctypes.c_void_p),
-        ("block_tables_stride", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("starts", "slots", "raw", "positions")),
+        *fields(ctypes.c_int64, "block_tables_stride num_rows"),
+        *fields(ctypes.c_void_p, "starts slots raw positions"),
     )
