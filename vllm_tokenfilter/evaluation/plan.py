@@ -1,5 +1,7 @@
 """What an evaluation measures: a grid of methods and settings, and the metrics of each."""
 
+import itertools
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,17 +65,13 @@ class EvaluationPlan:
             EvaluationError: a name is unknown.
             ConfigError: settings cannot hold together.
         """
-        for method in self.methods:
-            if method not in METHODS:
-                raise EvaluationError(f"method={method} is unknown; use one of {', '.join(METHODS)}.")
-        points = [("dense", FilterConfig(pruning_ratio=0.0))]
-        for ratio in self.ratios:
-            for chunk in self.chunk_sizes:
-                for window in self.recent_windows:
-                    for method in self.methods:
-                        if ratio > 0:
-                            points.append((method, settings_of(method, ratio, window, chunk, self.extra)))
-        return points + list(self.configs.items())
+        if unknown := _unknown("method", self.methods, METHODS):
+            raise EvaluationError(unknown)
+        grid = itertools.product((r for r in self.ratios if r > 0), self.chunk_sizes, self.recent_windows, self.methods)
+        points = [
+            (method, settings_of(method, ratio, window, chunk, self.extra)) for ratio, chunk, window, method in grid
+        ]
+        return [("dense", FilterConfig(pruning_ratio=0.0)), *points, *self.configs.items()]
 
     def check(self) -> None:
         """Refuse everything wrong with the plan before an engine starts.
@@ -82,20 +80,16 @@ class EvaluationPlan:
             EvaluationError: a name, number or file is wrong.
             ConfigError: settings cannot hold together.
         """
-        reasons = [
-            f"metric={name} is unknown; use one of {', '.join(QUALITY_METRICS)}."
-            for name in self.metrics
-            if name not in QUALITY_METRICS
-        ]
+        reasons = _unknown("metric", self.metrics, QUALITY_METRICS)
         reasons += [f"length={length} is too short to score; use at least 2." for length in self.lengths if length < 2]
         reasons += [f"depth={depth} must be from 0 to 1." for depth in self.depths if not 0 <= depth <= 1]
-        reasons += [
-            f"kind={kind} is unknown; use one of {', '.join(recall.KINDS)}."
-            for kind in self.kinds
-            if kind not in recall.KINDS
-        ]
+        reasons += _unknown("kind", self.kinds, recall.KINDS)
         if self.data_dir is not None and not self.data_dir.is_dir():
             reasons.append(f"data-dir={self.data_dir} must be a folder that exists; see docs/evaluation.md.")
         if reasons:
             raise EvaluationError(reasons)
         self.points()
+
+
+def _unknown(option: str, names: Iterable[str], known: Collection[str]) -> list[str]:
+    return [f"{option}={name} is unknown; use one of {', '.join(known)}." for name in names if name not in known]

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 def run(plan: EvaluationPlan, text: tuple[str, str], out: Path, progress: Progress) -> Evaluation:
     """Measure what `out` does not hold yet; it is written after every cell, so an interrupted run resumes.
 
-    Args:
-        plan: checked.
-        text: name and content of the prose.
-        out: result file.
-        progress: told of every cell and its units.
+    The plan is checked; `text` is name and content of the prose.
 
     Raises:
         EvaluationError: `out` cannot be read or written, or belongs to another model, text or seed.
@@ -36,14 +32,8 @@ def run(plan: EvaluationPlan, text: tuple[str, str], out: Path, progress: Progre
     prepared = {}
     if "tasks" in plan.metrics:
         prepared = {name: tasks.prepare_task(name, plan.data_dir) for name in plan.task_names}
-    longest = max(
-        [
-            *(plan.lengths if "perplexity" in plan.metrics else []),
-            *([length + 64 for length in plan.recall_lengths] if "recall" in plan.metrics else []),
-            *([2047] if "tasks" in plan.metrics else []),
-            64,
-        ]
-    )
+    lengths = {"perplexity": plan.lengths, "recall": [n + 64 for n in plan.recall_lengths], "tasks": [2047]}
+    longest = max([64, *(length for metric in plan.metrics for length in lengths[metric])])
     from vllm_tokenfilter.integration.offline.scoring import ScoringEngine
 
     scorer = ScoringEngine(plan.model, max_model_len=longest + 1, max_num_seqs=8, max_step_tokens=64)

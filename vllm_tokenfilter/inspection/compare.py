@@ -56,13 +56,7 @@ class Inspection:
 
 
 def inspect_text(engine: "ScoringEngine", text: InspectedText, config: FilterConfig, step_tokens: int) -> Inspection:
-    """Feed the text dense and filtered, and compare.
-
-    Args:
-        engine: holds the text.
-        text: at least two tokens.
-        config: our settings, of a ratio above 0.
-        step_tokens: tokens of each step.
+    """Feed the text, of at least two tokens, dense and filtered by a ratio above 0, and compare.
 
     Raises:
         UnsupportedError: the model cannot be served with these settings.

@@ -20,13 +20,7 @@ _LOSSES = 25
 
 
 def write_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any], path: Path) -> None:
-    """Write the page.
-
-    Args:
-        seen: what was found.
-        config: our settings.
-        origin: `provenance()` with the keys model and source (the text's name).
-        path: the page; its folder exists.
+    """Write the page; `origin` is `provenance()` with the keys model and source (the text's name).
 
     Raises:
         EvaluationError: it cannot be written.

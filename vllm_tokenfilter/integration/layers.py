@@ -29,12 +29,7 @@ from vllm_tokenfilter.layout import Layout
 
 
 def plan_layers(vllm_config: VllmConfig, config: FilterConfig) -> LayerPlan:
-    """The plan of the layers that this process holds: all of the model, or those of its pipeline stage.
-
-    Args:
-        vllm_config: the configuration that holds the layers.
-        config: our settings.
-    """
+    """The plan of the layers that this process holds: all of the model, or those of its pipeline stage."""
     facts = {index: _facts(layer, vllm_config) for index, layer in layers_by_index(vllm_config).items()}
     return LayerPlan.of(config, num_layers(vllm_config), facts)
 

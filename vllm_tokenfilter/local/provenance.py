@@ -79,16 +79,15 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The commit of the checkout this package runs from, with "+changes" where files differ; "" outside of one."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        folder = str(Path(__file__).parent)
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short=12", "HEAD")
     if commit.returncode:
         return ""
     # Results are written while measurements run: they do not change what is measured.
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    measured = ":(top)", ":(top,exclude)benchmarks/results"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

@@ -21,11 +21,7 @@ small { color: #6e7781; }
 
 
 def write_page(results: list[Result], path: Path) -> None:
-    """Write the page.
-
-    Args:
-        results: result files of `bench` and `eval`, as read from JSON.
-        path: the page; its folder exists.
+    """Write the page of result files of `bench` and `eval`, as read from JSON.
 
     Raises:
         EvaluationError: it cannot be written, or matplotlib is missing.

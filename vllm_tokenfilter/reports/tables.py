@@ -26,16 +26,8 @@ def evaluation_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
         own = [cell for cell in cells if cell["metric"] == metric]
         names = [name for name in _NAMES if any(name in cell["values"] for cell in own)]
         measured = [key for key in own[0]["parameters"] if key != "step_tokens"]
-        head = [
-            "method",
-            "ratio",
-            "chunk",
-            "window",
-            "dense layers",
-            "pruned in filtered layers",
-            *(key.replace("_", " ") for key in measured),
-        ]
-        rows = [head + [_NAMES[name][0] for name in names]]
+        head = ["method", "ratio", "chunk", "window", "dense layers", "pruned in filtered layers"]
+        rows = [[*head, *(key.replace("_", " ") for key in measured), *(_NAMES[name][0] for name in names)]]
         rows += [
             settings_row(cell)
             + [_pruned(cell)]
@@ -100,20 +92,8 @@ def tuning_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
 
 def benchmark_tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
     """One table: a row per server and workload; in brackets the speed against stock's, above 1 faster."""
-    rows = [
-        [
-            "server",
-            "requests",
-            "context",
-            "first token",
-            "between tokens",
-            "99th percentile",
-            "output tokens/s",
-            "peak memory",
-            "KV cache tokens",
-            "preemptions",
-        ]
-    ]
+    head = ["server", "requests", "context", "first token", "between tokens", "99th percentile", "output tokens/s"]
+    rows = [[*head, "peak memory", "KV cache tokens", "preemptions"]]
     for row in result["summary"]:
         capacity = result["capacity"].get(row["server"], {}).get("kv_cache_tokens")
         rows.append(

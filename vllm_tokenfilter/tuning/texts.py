@@ -31,15 +31,7 @@ class TuningText:
 
 
 def make_texts(tokenizer: Any, prose: list[int], length: int, trials: int, seed: int = SEED) -> list[TuningText]:
-    """Questions of every kind and depth, and as much running text.
-
-    Args:
-        tokenizer: the model's.
-        prose: token ids of running text, many times `length`.
-        length: tokens of each text.
-        trials: questions per kind and depth.
-        seed: the same seed gives the same texts.
-    """
+    """Questions of every kind and depth, `trials` of each, and as much running text; see `recall.make_trials`."""
     texts = []
     for kind in _KINDS:
         for depth in _DEPTHS:

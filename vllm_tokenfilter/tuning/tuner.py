@@ -75,14 +75,7 @@ class Tuner:
     def measure(
         self, texts: list[TuningText], settings: dict[str, FilterConfig], stage: str, progress: Progress
     ) -> list[Score]:
-        """How each of the settings does on the texts, in their order.
-
-        Args:
-            texts: of one length within a kind.
-            settings: what to score, by name.
-            stage: what progress is told.
-            progress: told of every text and setting.
-        """
+        """How each of the settings does on the texts, in their order; the texts of a kind have one length."""
         advance = progress(stage, len(texts) * len(settings))
         answers: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
         prose: dict[str, list[float]] = {name: [] for name in settings}
@@ -169,13 +162,9 @@ class Tuner:
 
 
 def visible(keys: Tensor, values: Tensor, layout: Layout, config: FilterConfig) -> Tensor:
-    """Which of a request's tokens one layer still holds, bool [T].
+    """Which of a request's tokens one layer still holds, bool [T], from keys (after RoPE) and values [H, T, D].
 
-    Args:
-        keys: [H, T, D], after RoPE.
-        values: same shape.
-        layout: the layer's.
-        config: how tokens are ranked; its selector counts as "anchor".
+    The settings' selector counts as "anchor".
     """
     seen = torch.ones(keys.shape[1], dtype=torch.bool, device=keys.device)
     size = layout.chunk_size

@@ -41,11 +41,7 @@ def without_marks(
 ) -> NDArray[np.int32]:
     """The block tables with each row's mark taken out; a copy, since the original is the runner's and lives on.
 
-    Args:
-        block_tables: [num_rows, max_blocks].
-        shared_chunks: [num_rows], see `shared_chunks_of`.
-        block_size: tokens per block.
-        layout: a layout that `shares_prefixes`.
+    Arguments as in `shared_chunks_of`, and what it returned.
     """
     rows, tables = np.flatnonzero(shared_chunks), block_tables.copy()
     for row, mark in zip(rows, shared_chunks[rows] * layout.kept_per_chunk // block_size, strict=True):

@@ -71,15 +71,7 @@ class FilteredCache:
 def seal(
     due: DueSeals, cache: FilteredCache, layout: Layout, config: FilterConfig, carried: NDArray[np.int64] | None = None
 ) -> SealedChunks:
-    """Seal what is due in every filtered layer, in place.
-
-    Args:
-        due: what the step before made due.
-        cache: the filtered layers' cache, all of one layout.
-        layout: that layout.
-        config: how tokens are ranked.
-        carried: see `seal_chunks`.
-    """
+    """Seal in place, in every filtered layer of one layout, what the step before made due; see `seal_chunks`."""
     kept = seal_chunks(
         cache.paged,
         cache.saved_redundancy,

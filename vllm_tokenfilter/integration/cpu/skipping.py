@@ -46,11 +46,8 @@ class SkippingLayers:
     def __init__(self, layers: Mapping[int, Attention], plan: LayerPlan, isa: str, config: FilterConfig) -> None:
         """Allocate address space for the pool; memory is used only where tokens are.
 
-        Args:
-            layers: all layers of the layout with a cache of their own, by index in the model.
-            plan: which of them skip, and which share.
-            isa: the instruction-set name of the layers' CPU kernels.
-            config: our settings.
+        `layers` are all of the layout with a cache of their own, by index in the model; `plan` says which of them skip,
+        and which share. `isa` is the instruction-set name of their CPU kernels.
         """
         self.rule, self.substitute = SkipRule.of(config), config.attention_skipping.substitute
         self.paged: PagedCache = view_paged_cache([layer.kv_cache for layer in layers.values()], isa)
@@ -109,17 +106,10 @@ class CpuSkipStep:
         metadata_for: Callable[[torch.Tensor], Any],
         counters: StepCounters,
     ) -> "CpuSkipStep":
-        """Describe a step.
+        """Describe a step: each row's blocks without marks, its tokens before the step and in it.
 
-        Args:
-            layers: the layers.
-            block_tables: int32 [num_rows, max_blocks] without marks.
-            num_computed: [num_rows], tokens before the step.
-            query_lens: [num_rows], tokens of the step.
-            shared_chunks: [num_rows], chunks taken over sealed from the prefix cache.
-            layout: where the layers' tokens lie; None if they keep every token.
-            metadata_for: see above.
-            counters: of the group.
+        `shared_chunks` are those it took over sealed from the prefix cache. `layout` is None if the layers keep every
+        token.
         """
         if layout is None:
             removed = raw = np.zeros_like(num_computed)
@@ -156,16 +146,10 @@ class CpuSkipStep:
         scale: float,
         softcap: float,
     ) -> None:
-        """Attend in one layer, into `output`.
+        """Attend in one layer, into `output`: like query, [num_tokens, num_heads, head_size], perhaps padded, or flat.
 
-        Args:
-            index: the layer's.
-            attend: runs vLLM's kernel with the metadata it is given.
-            metadata: the step's, as vLLM's kernel takes it when nothing is skipped.
-            query: [num_tokens, num_heads, head_size], perhaps padded.
-            output: like query, or flat; written.
-            scale: of the scores.
-            softcap: of the scores; 0 for none.
+        `attend` runs vLLM's kernel with the metadata it is given; `metadata` is the step's where nothing is skipped.
+        `softcap` 0 is none.
         """
         # Called in every layer of a decode step, which finds the interpreter's caches full of keys and values: every
         # line here costs several times what it costs elsewhere.
@@ -222,11 +206,6 @@ def with_other_lengths(
 
     Called in every layer, where the stock builder's description of a step would take as long as its schedule, the
     only thing in it that depends on the lengths.
-
-    Args:
-        builder: what the metadata was made by.
-        metadata: of the step.
-        num_reqs: its rows.
     """
     made = copy.copy(metadata)
     schedule = functools.partial(

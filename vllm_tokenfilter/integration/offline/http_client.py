@@ -38,12 +38,7 @@ def complete_together(
 ) -> list[Timing]:
     """Send all prompts at once and wait for all answers, greedy and of exactly `output_tokens`.
 
-    Args:
-        url: of the server, without /v1.
-        model: the name it serves.
-        prompts: token ids.
-        output_tokens: tokens of each answer.
-        headers: sent along, such as an API key's.
+    `url` is the server's, without /v1, `model` the name it serves; `headers` go along, such as an API key's.
 
     Raises:
         EvaluationError: a request failed.

@@ -56,11 +56,7 @@ class MixedLayouts:
     """The attention groups of an engine in this process that started dense."""
 
     def __init__(self, runner: Any) -> None:
-        """Let every layer write where its own metadata says.
-
-        Args:
-            runner: the worker's model runner.
-        """
+        """Let every layer of the worker's model runner write where its own metadata says."""
         self._runner = runner
         self._whole = [list(groups) for groups in runner.attn_groups]
         forward = runner._model_forward

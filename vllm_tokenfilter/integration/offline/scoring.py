@@ -38,14 +38,7 @@ class ScoringEngine:
     """
 
     def __init__(self, model: str, max_model_len: int, max_num_seqs: int = 8, max_step_tokens: int = 64) -> None:
-        """Start the engine, dense.
-
-        Args:
-            model: path or Hugging Face id.
-            max_model_len: the longest sequence, in tokens.
-            max_num_seqs: sequences fed side by side.
-            max_step_tokens: the largest `step_tokens` of `feed`.
-        """
+        """Start the engine, dense, to feed `max_num_seqs` sequences side by side, `max_step_tokens` at most a step."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
