@@ -254,7 +254,7 @@ def test_every_way_to_split_a_step_is_refused(on_cuda, setting, value):
     def found(parallel_config):
         vllm_config = types.SimpleNamespace(parallel_config=parallel_config)
         about = (row for row in refusals.REFUSALS if row.setting in ("enable_dbo", "ubatch_size"))
-        return {row.setting: seen for row in about if (seen := row.found(vllm_config, FilterConfig())) is not None}
+        return {row.setting: seen for row in about if (seen := row.found(vllm_config, FilterConfig()))}
 
     split = types.SimpleNamespace(**{"enable_dbo": False, "ubatch_size": 0, setting: value})
     assert ParallelConfig.use_ubatching.fget(split), "vLLM splits steps by these alone: integration/refusals.py"
