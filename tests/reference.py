@@ -155,6 +155,7 @@ def _substitute(settings, q, k, v, positions, scaling, outputs, skipped, group, 
         elif skipped[position] and settings.substitute == "none":
             outputs[t] = 0
         elif skipped[position]:
+            assert settings.substitute == "window", settings.substitute
             slots = torch.cat([positions, torch.arange(first, position + 1)])
             near = torch.unique(torch.cat([slots[: settings.sinks], slots[-settings.skip_window :]]))
             key, value = k[:, near].repeat_interleave(group, 0), v[:, near].repeat_interleave(group, 0)

@@ -1,6 +1,7 @@
 """The score against the design's formula in float64 NumPy, and against a case worked by hand."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_tokenfilter import filtering
+from vllm_tokenfilter.config import Fusion, Selector
+from vllm_tokenfilter.kernels.rules import FUSION_CODES, SELECTOR_CODES
 
 
 def formula(keys, values, decay, terms, fusion):
@@ -41,7 +44,12 @@ def formula(keys, values, decay, terms, fusion):
             return share * mean[0] + (1 - share) * mean[1]
 
 
-@pytest.mark.parametrize("fusion", ["variance_aware", "mean", "key", "value"])
+def test_every_name_of_a_setting_has_a_code_of_its_own():
+    for names, codes in ((get_args(Fusion), FUSION_CODES), (get_args(Selector), SELECTOR_CODES)):
+        assert set(names) == set(codes) and len(set(codes.values())) == len(codes)
+
+
+@pytest.mark.parametrize("fusion", get_args(Fusion))
 @settings(max_examples=25, deadline=None)
 @given(
     heads=st.integers(1, 8),

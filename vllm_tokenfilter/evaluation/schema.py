@@ -1,24 +1,16 @@
 """What an evaluation is asked and what it answers; the result file is one `Evaluation` as JSON."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.config import FilterConfig, Fusion, Selector
 from vllm_tokenfilter.local.result_file import ResultFile
 
 #: Method -> the settings that make the filter choose as it does; docs/algorithm.md cites the sources.
 METHODS: dict[str, dict[str, str]] = {
-    "variance_aware": {"selector": "anchor", "fusion": "variance_aware"},
-    "key": {"selector": "anchor", "fusion": "key"},
-    "value": {"selector": "anchor", "fusion": "value"},
-    "mean": {"selector": "anchor", "fusion": "mean"},
-    "random": {"selector": "random"},
-    "keydiff": {"selector": "keydiff"},
-    "key_norm": {"selector": "key_norm"},
-    "value_key_norm": {"selector": "value_key_norm"},
-    "lagkv": {"selector": "lagkv"},
-    "recency": {"selector": "recency"},
+    **{fusion: {"selector": "anchor", "fusion": fusion} for fusion in get_args(Fusion)},
+    **{selector: {"selector": selector} for selector in get_args(Selector) if selector != "anchor"},
 }
 
 

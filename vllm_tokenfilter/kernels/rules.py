@@ -6,11 +6,12 @@ Source: docs/algorithm.md (redundancy), docs/skipping.md (the decision).
 """
 
 from dataclasses import dataclass
+from typing import assert_never, get_args
 
-from vllm_tokenfilter.config import FilterConfig, Substitute
+from vllm_tokenfilter.config import FilterConfig, Fusion, Substitute
 
-VARIANCE_AWARE, MEAN, KEY, VALUE = range(4)
-FUSION_CODES = {"variance_aware": VARIANCE_AWARE, "mean": MEAN, "key": KEY, "value": VALUE}
+VARIANCE_AWARE, MEAN, KEY, VALUE = range(len(get_args(Fusion)))
+FUSION_CODES: dict[Fusion, int] = {"variance_aware": VARIANCE_AWARE, "mean": MEAN, "key": KEY, "value": VALUE}
 _SELECTORS = ("anchor", "random", "keydiff", "key_norm", "value_key_norm", "lagkv", "recency")
 SELECTOR_CODES = {name: code for code, name in enumerate(_SELECTORS)}
 # Scores of a baseline stand in place of the similarity of keys, or of keys and values; how they become one number.
@@ -28,7 +29,7 @@ _MOST_HISTORY = 256
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How tokens are ranked.
+    """How tokens are ranked, to seal them; `SkipRule` has the fusion for attention skipping.
 
     Attributes:
         selector: a key of SELECTOR_CODES; see selectors.py.
@@ -38,7 +39,7 @@ class ScoreRule:
     """
 
     selector: str = "anchor"
-    fusion: str = "variance_aware"
+    fusion: Fusion = "variance_aware"
     decay: float = 0.9
     seed: int = 0
 
@@ -68,7 +69,7 @@ class SkipRule:
     """
 
     terms: int
-    fusion: str
+    fusion: Fusion
     decay: float
     history: int
     warmup: int
@@ -91,4 +92,9 @@ class SkipRule:
 
     def skipped_reads(self, substitute: Substitute) -> int:
         """Cache entries that a skipped row of one token reads at most: vLLM's kernel one, the substitute its own."""
-        return 1 + (self.sinks + self.window if substitute == "window" else 0)
+        match substitute:
+            case "none" | "running_output":
+                return 1
+            case "window":
+                return 1 + self.sinks + self.window
+        assert_never(substitute)

@@ -2,12 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.config import FilterConfig, Fusion
 from vllm_tokenfilter.kernels.cpu.cache import BFLOAT16, FLOAT32, TABLE16, PagedCache
 from vllm_tokenfilter.kernels.cpu.seal import DueSeals, seal_chunks
 from vllm_tokenfilter.kernels.plan import DuePlan
@@ -97,7 +98,7 @@ def settings(layout, **rule):
 
 
 RULES = {
-    **{fusion: {"fusion": fusion} for fusion in ("variance_aware", "mean", "key", "value")},
+    **{fusion: {"fusion": fusion} for fusion in get_args(Fusion)},
     **{selector: {"selector": selector} for selector in ("random", "keydiff", "key_norm", "value_key_norm", "lagkv")},
 }
 

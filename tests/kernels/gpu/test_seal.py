@@ -3,12 +3,14 @@
 Here in Triton's interpreter; tests/gpu/test_kernels.py runs the same tests on a GPU, with another `device`.
 """
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from tests.kernels.cpu import test_seal as cpu_caches
-from vllm_tokenfilter.config import FilterConfig
+from vllm_tokenfilter.config import FilterConfig, Fusion
 from vllm_tokenfilter.kernels.cpu.seal import seal_chunks
 from vllm_tokenfilter.kernels.plan import plan_seals
 from vllm_tokenfilter.kernels.reference import seal_reference
@@ -106,7 +108,7 @@ CASES = [
     (torch.float8_e5m2, 2, 256, 16, False, 32, 16, 32, 4, 32),
 ]
 RULES = {
-    **{fusion: {"fusion": fusion} for fusion in ("variance_aware", "mean", "key", "value")},
+    **{fusion: {"fusion": fusion} for fusion in get_args(Fusion)},
     **{selector: {"selector": selector} for selector in ("random", "keydiff", "key_norm", "value_key_norm")},
 }
 

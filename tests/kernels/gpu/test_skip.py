@@ -1,10 +1,13 @@
 """The GPU kernels of attention skipping in Triton's interpreter, against the reference and the CPU's kernels."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
 from tests import reference
+from vllm_tokenfilter.config import Fusion
 from vllm_tokenfilter.kernels.cpu import skip
 from vllm_tokenfilter.kernels.cpu.cache import FLOAT32, PagedCache
 from vllm_tokenfilter.kernels.plan import plan_seals
@@ -133,6 +136,10 @@ CASES = [
     (110, torch.bfloat16, 3, 80, 32, False, 0.25, "variance_aware", 64, 64),
     (110, torch.float16, 1, 64, 64, True, 0.8, "mean", 33, 7),
     (110, torch.float8_e4m3fn, 2, 32, 16, False, 0.5, "key", 64, 33),
+    *[
+        (90, torch.float32, 2, 32, 16, True, 0.5, fusion, 48, 32)
+        for fusion in sorted({*get_args(Fusion)} - {"variance_aware", "mean", "key"})
+    ],
     pytest.param((300, torch.float32, 2, 64, 16, True, 0.5, "variance_aware", 48, 32), marks=pytest.mark.slow),
     *[
         pytest.param((500, dtype, heads, 64, size, True, ratio, "variance_aware", 64, 64), marks=pytest.mark.slow)
@@ -142,7 +149,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} tokens of {case[1]}".replace("torch.", ""))
+@pytest.mark.parametrize("case", CASES, ids=lambda x: f"{x[0]} tokens of {x[1]}, {x[7]}".replace("torch.", ""))
 def test_decisions_over_many_decoded_tokens_follow_the_formulas_and_the_cpu(case):
     length, dtype, heads, dims, size, heads_first, ratio, fusion, history, terms = case
     warmup = 20

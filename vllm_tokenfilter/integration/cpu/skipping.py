@@ -16,7 +16,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -163,11 +163,15 @@ class CpuSkipStep:
         substitute = self.layers.substitute
         if substitute == "running_output":
             self._average_outputs(place, output)
-        elif num_skipped and substitute == "none":
+        elif num_skipped == 0:
+            return
+        elif substitute == "none":
             assert output.is_contiguous()
             skip.clear_skipped(state, output.data_ptr(), output.stride(0) * output.element_size())
-        elif num_skipped:
+        elif substitute == "window":
             self._attend_window(place, query, output, scale, softcap)
+        else:
+            assert_never(substitute)
 
     def _attend_window(
         self, place: int, query: torch.Tensor, output: torch.Tensor, scale: float, softcap: float

@@ -176,6 +176,8 @@ static void fuse(const float *key, const float *value, int64_t heads, int64_t si
       weight = 1;
     } else if (fusion == VALUE) {
       weight = 0;
+    } else if (fusion != MEAN) {
+      abort();
     }
     out[t] = weight * key_mean + (1 - weight) * value_mean;
   }

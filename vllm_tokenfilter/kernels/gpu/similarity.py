@@ -8,7 +8,9 @@ import triton.language as tl
 
 from vllm_tokenfilter.kernels import rules
 
-MEAN, KEY, VALUE = (tl.constexpr(code) for code in (rules.MEAN, rules.KEY, rules.VALUE))
+VARIANCE_AWARE, MEAN, KEY, VALUE = (
+    tl.constexpr(code) for code in (rules.VARIANCE_AWARE, rules.MEAN, rules.KEY, rules.VALUE)
+)
 
 
 @triton.jit
@@ -35,6 +37,7 @@ def fuse(head_scores, offsets, inside, num_heads, C: tl.constexpr, FUSION: tl.co
     elif FUSION == MEAN:
         return 0.5 * (key_mean + value_mean)
     else:
+        tl.static_assert(FUSION == VARIANCE_AWARE)
         key_variance = tl.zeros_like(key_mean)
         value_variance = tl.zeros_like(key_mean)
         for head in range(num_heads):

@@ -5,6 +5,8 @@ Names: D head size, TILE tokens or columns at a time, GROUP query heads of one K
 Source: docs/skipping.md (the substitutes); kernels/cpu/substitutes.c is the readable form.
 """
 
+from typing import assert_never
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,7 +67,7 @@ def put_substitute(
             TILE=32,
             num_warps=4,
         )
-    else:
+    elif substitute == "running_output":
         assert carried.means is not None and carried.weights is not None and carried.means.shape[2] == width
         average_outputs_kernel[(step.num_reqs, carried.weights.shape[2])](
             **step.arguments,
@@ -81,6 +83,8 @@ def put_substitute(
             TILE=MEAN_TILE,
             num_warps=1,
         )
+    else:
+        assert_never(substitute)
 
 
 @triton.jit
