@@ -39,6 +39,15 @@ def test_files_that_are_named_exist(page):
             assert any((root / name).exists() for root in roots), f"{page.name} names {name}"
 
 
+def test_files_that_docstrings_name_exist():
+    """A path with a folder, of ours unless it is vLLM's."""
+    package = ROOT / "vllm_tokenfilter"
+    for path in package.rglob("*.py"):
+        for name in re.findall(r"`(\w[\w./-]*\.(?:py|c|h))`", path.read_text()):
+            roots = (ROOT, package, path.parent, path.parents[1])
+            assert name.startswith("vllm/") or any((root / name).exists() for root in roots), f"{path} names {name}"
+
+
 def test_names_in_the_recipes_are_where_they_are_said_to_be():
     text = (ROOT / "AGENTS.md").read_text().replace("\n   ", " ")
     named = re.findall(r"`([\w.]+)`(?: \(or `\w+`\))?(?: in| of|,? \() ?`([\w./]+\.\w+)`", text)

@@ -1,11 +1,12 @@
 """Statuses merged: parts of a model, ranks, and engines, without counting a token twice or losing a layer."""
 
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.counters import Merge, StepCounters, merged_as
 from vllm_tokenfilter.integration.status import GroupStatus, Status, merge_engines, merge_parts, merge_workers
 from vllm_tokenfilter.layer_plan import LayerPlan
 
@@ -13,7 +14,9 @@ TAIL = {"schedule": {"kind": "tail", "share": 0.5}, "pruning_ratio": 0.25, "atte
 
 
 def counters(**changes):
-    counted = {"tokens_seen": 500, "tokens_sealed": 256, "tokens_pruned": 128, "rows_filtered": 40}
+    """Every counter above zero, a new one too."""
+    counted = {own.name: 7 for own in fields(StepCounters)}
+    counted |= {"tokens_seen": 500, "tokens_sealed": 256, "tokens_pruned": 128, "rows_filtered": 40}
     counted |= {"rows_dense": Counter(short=9), "seals": 3, "seal_seconds": 0.5}
     counted |= {"attentions_decided": 300, "attentions_skipped": 100}
     return StepCounters(**{**counted, "reads_dense": 900, "reads_filtered": 600, "reads_done": 400, **changes})
@@ -37,6 +40,10 @@ def test_a_status_travels_as_plain_types_with_the_counters_under_their_key():
     assert plain["counters"] == counters().as_dict() and plain["layers"]["filtered"] == [0, 1, 2, 3]
     assert plain["settings"] == one.settings_in_force
     assert Status.model_validate(plain) == one
+
+
+def test_every_counter_merges_by_one_rule():
+    assert sorted(sum(map(merged_as, Merge), ())) == sorted(own.name for own in fields(StepCounters))
 
 
 def test_groups_of_a_worker_count_tokens_once_and_what_layers_did_each():

@@ -6,14 +6,24 @@ sequences, so they do not grow with the number of layers; multiply by the filter
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from enum import Enum, auto
+from typing import Annotated, Any, get_type_hints
 
 from vllm_tokenfilter.layer_plan import DenseReason
 
 
+class Merge(Enum):
+    """How a counter of parts of a model, of ranks and of engines becomes one: engines always add up."""
+
+    TOKENS = auto()  #: the same in all parts and ranks
+    MEANS = auto()  #: a mean over the layers of all parts; the same in all ranks
+    CALLS = auto()  #: added up over parts and ranks
+    PER_LAYER = auto()  #: added up over parts; the same in all ranks
+
+
 @dataclass
 class StepCounters:
-    """Totals since start.
+    """Totals since start; each says how it merges.
 
     Attributes:
         tokens_seen: tokens computed by steps of the group.
@@ -30,18 +40,18 @@ class StepCounters:
         reads_done: entries among those that were left after skipping.
     """
 
-    tokens_seen: int = 0
-    tokens_sealed: int = 0
-    tokens_pruned: int = 0
-    rows_filtered: int = 0
-    rows_dense: Counter[str] = field(default_factory=Counter)
-    seals: int = 0
-    seal_seconds: float = 0.0
-    attentions_decided: int = 0
-    attentions_skipped: int = 0
-    reads_dense: int = 0
-    reads_filtered: int = 0
-    reads_done: int = 0
+    tokens_seen: Annotated[int, Merge.TOKENS] = 0
+    tokens_sealed: Annotated[int, Merge.MEANS] = 0
+    tokens_pruned: Annotated[int, Merge.MEANS] = 0
+    rows_filtered: Annotated[int, Merge.TOKENS] = 0
+    rows_dense: Annotated[Counter[str], Merge.TOKENS] = field(default_factory=Counter)
+    seals: Annotated[int, Merge.CALLS] = 0
+    seal_seconds: Annotated[float, Merge.CALLS] = 0.0
+    attentions_decided: Annotated[int, Merge.PER_LAYER] = 0
+    attentions_skipped: Annotated[int, Merge.PER_LAYER] = 0
+    reads_dense: Annotated[int, Merge.PER_LAYER] = 0
+    reads_filtered: Annotated[int, Merge.PER_LAYER] = 0
+    reads_done: Annotated[int, Merge.PER_LAYER] = 0
 
     def count_rows(self, rows: int, filtered: int) -> None:
         """Add a step's rows, `filtered` of which read a cache from which something was removed; the rest are short."""
@@ -74,3 +84,9 @@ class StepCounters:
     def as_dict(self) -> dict[str, Any]:
         """The totals as plain types."""
         return {**vars(self), "rows_dense": {str(reason): count for reason, count in self.rows_dense.items()}}
+
+
+def merged_as(rule: Merge) -> tuple[str, ...]:
+    """The counters that merge by this rule; AttributeError where one has none."""
+    hints = get_type_hints(StepCounters, include_extras=True)
+    return tuple(name for name, hint in hints.items() if rule in hint.__metadata__)

@@ -15,13 +15,10 @@ from typing import Any
 from pydantic import BaseModel, computed_field
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration.counters import StepCounters
+from vllm_tokenfilter.integration.counters import Merge, StepCounters, merged_as
 from vllm_tokenfilter.layer_plan import LayerPlan
 
-# Counts by how they merge. Tokens and rows are the same in all parts, sealed and pruned tokens a mean over layers.
-_TOKENS, _MEANS = ("tokens_seen", "rows_filtered", "rows_dense"), ("tokens_sealed", "tokens_pruned")
-_CALLS = ("seals", "seal_seconds")
-_PER_LAYER = ("attentions_decided", "attentions_skipped", "reads_dense", "reads_filtered", "reads_done")
+_TOKENS, _MEANS, _CALLS, _PER_LAYER = map(merged_as, Merge)
 
 
 class GroupStatus(BaseModel, frozen=True):

@@ -39,7 +39,7 @@ PATH = "/token_filtering"
 
 
 class MetricsEndpoint:
-    """Exports the metrics of `vllm_tokenfilter/metrics.py`."""
+    """Exports the metrics of `metrics.py`."""
 
     name = workarounds.METRICS_PLUGIN
     required_tasks = ("generate",)

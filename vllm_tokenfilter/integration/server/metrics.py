@@ -1,6 +1,6 @@
 """The metrics of a server: one table, and what turns a status into them.
 
-A metric is added by adding a row to `METRICS`; docs/metrics.md is generated from it. The figures come from
+docs/metrics.md is generated from `METRICS`. The figures come from
 `token_filtering_status` of every engine, merged by `integration/status.py`: tokens are counted once, however many ranks
 and layers hold them; seals and their time are summed over all workers.
 
