@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import run_command
+from vllm_tokenfilter.errors import EvaluationError
 
 MODEL = ["--model", "nowhere"]
 CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2-135m.yaml")
@@ -89,3 +90,27 @@ def test_a_result_file_of_something_else_is_left_alone(tmp_path):
     done = run_command("eval", *MODEL, cwd=tmp_path)
     assert done.returncode == 2 and "must be a result file of the kind evaluation" in done.stderr
     assert (tmp_path / "eval.json").read_text() == '{"precious": 1}'
+
+
+def test_what_the_user_names_wins_over_a_quick_look(monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    from vllm_tokenfilter.cli.measure import evaluate
+    from vllm_tokenfilter.evaluation import plan
+
+    def planned(**flags):
+        asked = {}
+
+        def catch(**given):
+            asked.update(given)
+            raise EvaluationError(["planned"])
+
+        monkeypatch.setattr(plan, "EvaluationPlan", catch)
+        with pytest.raises(EvaluationError, match="planned"):
+            evaluate(model="nowhere", quick=True, **flags)
+        return asked
+
+    quick = planned()
+    assert (quick["windows"], quick["trials"], quick["ratios"]) == (4, 16, [0.5])
+    named = planned(windows=0, trials=100, ratio=[0.25], recall_length=[1500], depth=[0.1], length=[2048])
+    assert (named["windows"], named["trials"], named["ratios"]) == (0, 100, [0.25])
+    assert (named["recall_lengths"], named["depths"], named["lengths"]) == ([1500], [0.1], [2048])

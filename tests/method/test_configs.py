@@ -47,7 +47,7 @@ def test_the_embedded_model_is_served_with_what_tune_found_unless_told_otherwise
         assert FilterConfig.parse(settings).model_dump(mode="json") == found
 
     def settings_of(flags, file=None, ratio=None):
-        arguments = serve.server_arguments(flags, file, ratio)
+        arguments = serve.server_arguments([*flags, *([f"--config={file}"] if file else [])], ratio)
         return json.loads(arguments[arguments.index("--additional-config") + 1])["token_filtering"]
 
     assert settings_of([]) == serve.EMBEDDED_FILTER

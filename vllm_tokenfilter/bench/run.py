@@ -190,7 +190,7 @@ def _servers(plan: BenchmarkPlan, stack: contextlib.ExitStack) -> list[Server]:
     servers = [stack.enter_context(started(BASELINE, words_of(read(flags)), {"VLLM_PLUGINS": ""}))]
     settings = ["--additional-config", json.dumps({CONFIG_KEY: plan.settings})]
     for ratio in plan.ratios:
-        ours = server_arguments([*flags, *settings], None, ratio)
+        ours = server_arguments([*flags, *settings], ratio)
         servers.append(stack.enter_context(started(f"r={ratio:g}", ours, {})))
     return servers
 

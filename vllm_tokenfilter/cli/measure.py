@@ -82,7 +82,9 @@ def evaluate(
     ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="perplexity, tasks or recall; repeatable.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Perplexity window in tokens; repeatable.")] = None,
-    windows: Annotated[int, typer.Option(min=0, help="Perplexity windows per length; 0 for all.")] = 8,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="Perplexity windows per length; 0 for all. Default: 8.")
+    ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="lm-eval task; repeatable. Default: the paper's seven.")
     ] = None,
@@ -92,7 +94,9 @@ def evaluate(
     kind: Annotated[
         list[str] | None, typer.Option(help="Recall question: passkey, key_value or copy; repeatable. Default: all.")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Recall trials per kind, length and depth.")] = 100,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Recall trials per kind, length and depth. Default: 100.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random generator.")] = 0,
     text: Annotated[str | None, typer.Option(help="Text to read: wikitext2, builtin, or a UTF-8 file.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of task rows and text; see docs/evaluation.md.")] = None,
@@ -121,13 +125,13 @@ def evaluate(
         extra={"dense_layers": dense_layer} if dense_layer else {},
         metrics=metric or (["perplexity", "recall"] if quick else ["perplexity", "tasks", "recall"]),
         lengths=length or ([1024] if quick else [128, 2048]),
-        windows=4 if quick else windows,
+        windows=windows if windows is not None else 4 if quick else 8,
         **({"task_names": task} if task else {}),
         limit=limit,
         recall_lengths=recall_length or ([700] if quick else [700, 1500]),
         depths=depth or ([0.5] if quick else [0.1, 0.5, 0.9]),
         **({"kinds": kind} if kind else {}),
-        trials=16 if quick else trials,
+        trials=trials or (16 if quick else 100),
         seed=seed,
         data_dir=data_dir,
     )

@@ -23,7 +23,7 @@ def run(flags: list[str], config_files: list[str], pruning_ratio: float | None) 
 
     cli_env_setup()
     plugin.register()
-    arguments = server_arguments([*flags, *(f"--config={file}" for file in config_files)], None, pruning_ratio)
+    arguments = server_arguments([*flags, *(f"--config={file}" for file in config_files)], pruning_ratio)
     # This command is the consent that vLLM asks for before a plugin may add routes.
     workarounds.name_metrics_plugin()
     if "VLLM_PLUGINS" in os.environ:

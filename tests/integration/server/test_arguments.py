@@ -27,7 +27,7 @@ def parse(tmp_path):
         if file is not None:
             path = tmp_path / "config.yaml"
             path.write_bytes(file if isinstance(file, bytes) else file.encode())
-        return server_parser().parse_args(server_arguments(list(flags), path and str(path), ratio))
+        return server_parser().parse_args(server_arguments([*flags, *([f"--config={path}"] if path else [])], ratio))
 
     return parse
 
@@ -260,7 +260,7 @@ def test_what_cannot_be_understood_is_refused_in_a_sentence_that_names_it(parse,
 def test_a_folder_or_nothing_as_file_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere.yaml"):
         with pytest.raises(ConfigError, match=f"config={path} cannot be read"):
-            server_arguments([], str(path), None)
+            server_arguments([f"--config={path}"], None)
 
 
 def test_the_model_is_taken_from_the_first_word_before_the_file(parse):
@@ -307,11 +307,13 @@ def test_the_baseline_of_a_benchmark_gets_the_same_without_ours(tmp_path):
     flags = ["--model", MODEL, "--config", str(path), "--additional-config.other", "1", "-O3"]
     parser = server_parser()
     stock = parser.parse_args(words_of(read(flags)))
-    ours = parser.parse_args(server_arguments(flags, None, 0.75))
+    ours = parser.parse_args(server_arguments(flags, 0.75))
     assert ours.additional_config == {"other": 1, "token_filtering": {"pruning_ratio": 0.75}}
     assert (stock.attention_backend, stock.additional_config) == (None, {})
     for parsed in (stock, ours):
         assert (parsed.model, parsed.enable_prefix_caching, parsed.optimization_level) == (MODEL, False, "3")
+    own = [f"--{name}={kind(0.5)}" for name, kind in arguments.OUR_FLAGS.items()]
+    assert words_of(read([MODEL, *own])) == [MODEL], "vLLM does not know them"
     assert words_of(read(["-ac", '{"backend": "CUSTOM"}'])) == ["--attention-config", "{}"]
 
 

@@ -69,7 +69,7 @@ def files(draw):
 def settle(path, content):
     path.write_bytes(content)
     try:
-        return server_arguments(["--model", "some/model"], str(path), None)
+        return server_arguments(["--model", "some/model", f"--config={path}"], None)
     except ConfigError as refused:
         return str(refused)
 

@@ -118,7 +118,7 @@ def no_list_of_plugins(monkeypatch):
 def test_flags_mean_what_they_mean_to_vllm(parser, flags):
     # A word with a dash of its own stands behind its flag's equals sign, as for vLLM.
     flags = flags.replace("--tokenizer -tok", "--tokenizer=-tok").split()
-    theirs, ours = parse(parser, [MODEL, *flags]), parse(parser, server_arguments([MODEL, *flags], None, 0.5))
+    theirs, ours = parse(parser, [MODEL, *flags]), parse(parser, server_arguments([MODEL, *flags], 0.5))
     assert spelled(ours) == spelled(theirs)
     assert ours.attention_backend == "TOKEN_FILTERING"
     assert ours.additional_config == {"token_filtering": {"pruning_ratio": 0.5}}
@@ -131,12 +131,8 @@ def test_a_file_means_what_it_means_to_vllm(parser, tmp_path, settings, flags):
     path.write_text(yaml.safe_dump(settings))
     words = [MODEL, *flags.split(), "--config", str(path)]
     theirs = parse(parser, words)
-    for given in (
-        (words, None),
-        ([MODEL, *flags.split()], str(path)),
-        ([MODEL, f"--config={path}", *flags.split()], None),
-    ):
-        assert spelled(parse(parser, server_arguments(*given, None))) == spelled(theirs)
+    for given in (words, [MODEL, f"--config={path}", *flags.split()]):
+        assert spelled(parse(parser, server_arguments(given, None))) == spelled(theirs)
 
 
 @pytest.mark.parametrize(
@@ -145,5 +141,5 @@ def test_a_file_means_what_it_means_to_vllm(parser, tmp_path, settings, flags):
 def test_the_environment_stays_as_it_is_given(monkeypatch, tmp_path, parser, name, value):
     monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    server_arguments([MODEL], None, None)
+    server_arguments([MODEL], None)
     assert dict(os.environ) == before

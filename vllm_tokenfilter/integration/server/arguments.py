@@ -45,6 +45,9 @@ EMBEDDED_FILTER: dict[str, Any] = {
     "schedule": {"kind": "per_layer", "ratios": [0.0 if layer in _RECALLING_LAYERS else 0.75 for layer in range(30)]},
 }
 
+#: Flags of ours that vLLM's server does not know, by option; it never gets them.
+OUR_FLAGS = {"pruning_ratio": float}
+
 # Options of which any one says how the model is compiled, or how large its KV cache is.
 _COMPILATION = {"enforce_eager", "compilation_config", "optimization_level"}
 _COMPILATION |= {"cudagraph_capture_sizes", "max_cudagraph_capture_size"}
@@ -59,12 +62,12 @@ class Option(NamedTuple):
     values: list[Any]
 
 
-def server_arguments(flags: Iterable[str], config_file: str | None, pruning_ratio: float | None) -> list[str]:
+def server_arguments(flags: Iterable[str], pruning_ratio: float | None) -> list[str]:
     """The words that follow `vllm serve`.
 
-    Flags win over the file, and `--pruning-ratio` over both, key by key. Where none of them says how to filter, the
-    embedded model takes `EMBEDDED_FILTER` and others the defaults of `FilterConfig`. Answers in flight get
-    `SHUTDOWN_TIMEOUT_S` to finish.
+    Flags win over the file that `--config` names, and `--pruning-ratio` over both, key by key. Where none of them says
+    how to filter, the embedded model takes `EMBEDDED_FILTER` and others the defaults of `FilterConfig`. Answers in
+    flight get `SHUTDOWN_TIMEOUT_S` to finish.
 
     Raises:
         ConfigError: the file, a flag or a setting of ours cannot be used.
@@ -74,7 +77,7 @@ def server_arguments(flags: Iterable[str], config_file: str | None, pruning_rati
     if allowed is not None and CONFIG_KEY not in allowed.split(","):
         remedy = f"add {CONFIG_KEY} to it, without spaces around commas, or unset it."
         raise ConfigError([f"VLLM_PLUGINS={allowed} keeps this plugin out of vLLM; {remedy}"])
-    options = read(flags, config_file)
+    options = read(flags)
     last = {option.name: option.values[0] for option in options if option.values}
     backend = last.get("attention_backend", "auto")
     if backend.lower() not in ("auto", "none", "") and not registration.is_ours(backend):
@@ -107,7 +110,7 @@ def words_of(options: list[Option]) -> list[str]:
     That is what stock vLLM gets for comparison: no attention backend and no `additional_config`.
     """
     last = {option.name: option for option in options}
-    left_out = {"config", "pruning_ratio", "additional_config", "attention_backend"}
+    left_out = {"config", "additional_config", "attention_backend", *OUR_FLAGS}
     words: list[str] = []
     if "model_tag" in last:
         words += last["model_tag"].values
@@ -131,13 +134,13 @@ def embedded_defaults(options: list[Option], defaults: Mapping[str, str]) -> lis
     return words
 
 
-def read(flags: Iterable[str], config_file: str | None = None) -> list[Option]:
-    """What a file and flags say, in the order in which vLLM reads them: the last of a name counts.
+def read(flags: Iterable[str]) -> list[Option]:
+    """What flags and the file they name say, in the order in which vLLM reads them: the last of a name counts.
 
     Raises:
         ConfigError: the file cannot be read, or something in it or among the flags is no option of vLLM's server.
     """
-    flags = [*flags, *([] if config_file is None else [f"--config={config_file}"])]
+    flags = list(flags)
     options = _options(flags, "flags")
     if {"model", "model_tag"} <= {option.name for option in options}:
         raise ConfigError(["model is given twice, as --model and as the first word; name it once."])
@@ -215,7 +218,8 @@ def _reader() -> _Parser:
             reader.add_argument(action.dest, nargs=action.nargs, action=_Collect)
         elif action.dest != "help":
             reader.add_argument(*action.option_strings, dest=action.dest, nargs=action.nargs, action=_Collect)
-    reader.add_argument("--pruning-ratio", type=float, action=_Collect)
+    for name, kind in OUR_FLAGS.items():
+        reader.add_argument(f"--{name.replace('_', '-')}", type=kind, action=_Collect)
     return reader
 
 
