@@ -83,8 +83,8 @@ class FilterConfig(BaseModel):
     fusion: Fusion = setting(
         "variance_aware",
         "name",
-        "How key and value similarity become one redundancy, for filtering and skipping alike: variance_aware gives more "
-        "weight to the one on which the heads agree, mean averages both, key and value use one alone.",
+        "How key and value similarity become one redundancy, for filtering and skipping alike: variance_aware gives "
+        "more weight to the one on which the heads agree, mean averages both, key and value use one alone.",
     )
     selector: Selector = setting(
         "anchor",

@@ -83,7 +83,7 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="perplexity, tasks or recall; repeatable.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Perplexity window in tokens; repeatable.")] = None,
     windows: Annotated[
-        int | None, typer.Option(min=0, help="Perplexity windows per length; 0 for all. Default: 8.")
+        int | None, typer.Option(min=0, help="Perplexity windows per length; 0: all. Default: 8.")
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="lm-eval task; repeatable. Default: the paper's seven.")
@@ -95,7 +95,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Recall question: passkey, key_value or copy; repeatable. Default: all.")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Recall trials per kind, length and depth. Default: 100.")
+        int | None, typer.Option(min=1, help="Recall trials per kind, length, depth; default: 100.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random generator.")] = 0,
     text: Annotated[str | None, typer.Option(help="Text to read: wikitext2, builtin, or a UTF-8 file.")] = None,

@@ -6,7 +6,7 @@ Source: docs/algorithm.md (redundancy), docs/skipping.md (the decision).
 """
 
 from dataclasses import dataclass
-from typing import assert_never, get_args
+from typing import get_args
 
 from vllm_tokenfilter.config import FilterConfig, Fusion, Substitute
 
@@ -92,9 +92,4 @@ class SkipRule:
 
     def skipped_reads(self, substitute: Substitute) -> int:
         """Cache entries that a skipped row of one token reads at most: vLLM's kernel one, the substitute its own."""
-        match substitute:
-            case "none" | "running_output":
-                return 1
-            case "window":
-                return 1 + self.sinks + self.window
-        assert_never(substitute)
+        return 1 + {"none": 0, "window": self.sinks + self.window, "running_output": 0}[substitute]

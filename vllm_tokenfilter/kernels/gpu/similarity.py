@@ -8,9 +8,7 @@ import triton.language as tl
 
 from vllm_tokenfilter.kernels import rules
 
-VARIANCE_AWARE, MEAN, KEY, VALUE = (
-    tl.constexpr(code) for code in (rules.VARIANCE_AWARE, rules.MEAN, rules.KEY, rules.VALUE)
-)
+VARIANCE_AWARE, MEAN, KEY, VALUE = map(tl.constexpr, rules.FUSION_CODES.values())
 
 
 @triton.jit
