@@ -40,6 +40,35 @@ def draining(settings=UNIFORM, ratio=0.25):
     return core, switch
 
 
+def test_who_was_there_finishes_first_and_who_comes_later_waits():
+    core = started(UNIFORM)
+    core.scheduler.running.add("running")
+    core.scheduler.waiting.append(SimpleNamespace(request_id="waiting"))
+    assert core.token_filtering_prepare(0.75) == {}
+    switch = core.token_filtering_switch()
+    assert core.scheduler.running == {"running", "waiting"}, "vLLM's own pause would keep it waiting"
+    core.scheduler.waiting.append(SimpleNamespace(request_id="later"))
+    # The engine ran dry, but one that was preempted meanwhile waits again.
+    core.scheduler.waiting.append(SimpleNamespace(request_id="running"))
+    step(core, finish=["running", "waiting"])
+    assert switch.result() == {"done": False}
+    assert core.scheduler.running == {"running"}
+    assert [request.request_id for request in core.scheduler.waiting] == ["later"]
+    assert core.told_workers == [], "nothing changes before everyone has finished"
+
+
+def test_the_prefix_cache_is_emptied_then_workers_follow_then_the_queue_goes_on():
+    core, done = started(UNIFORM), []
+    core.scheduler.reset_prefix_cache = lambda: done.append("prefix cache emptied") or True
+    core.collective_rpc = lambda method, args: done.append((method, args[0]["pruning_ratio"]))
+    core.input_queue.put_nowait = lambda what: done.append("woken")
+    assert core.token_filtering_prepare(0.75) == {}
+    answer = core.token_filtering_switch()
+    assert answer["done"] and (answer["previous"], answer["effective_ratio"]) == (0.5, 0.75)
+    assert done == ["prefix cache emptied", ("token_filtering_use", 0.75), "woken"]
+    assert core.scheduler.pause_state == PauseState.UNPAUSED
+
+
 def test_the_groups_of_a_schedule_are_scaled_and_whole_layers_stay_whole():
     core = started(UNEVEN)
     assert core.token_filtering_prepare(0.15625) == {}
