@@ -1,4 +1,4 @@
-"""What vLLM's GPU modules must go on doing for integration/gpu_*.py; checked without a GPU, where need be as source."""
+"""What vLLM's GPU modules must go on doing for integration/gpu/; checked without a GPU, where need be as source."""
 
 import ast
 import dataclasses

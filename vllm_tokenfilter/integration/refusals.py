@@ -1,7 +1,11 @@
 """What Token Filtering does not serve: one table, checked before weights load, rendered into docs/compatibility.md.
 
-Checked twice with the same table: when the engine's configuration is made (the user's own process, so the sentence is
-the last thing printed) and when the first attention layer is built (for configurations made without `EngineArgs`).
+Checked when the engine's configuration is made (the user's own process, so the sentence is the last thing printed), and
+again in each worker by whoever reads the settings there (for configurations made without `EngineArgs`); for other
+settings also when a running server is given another ratio, and by the scoring engine.
+
+Refused elsewhere, where more is known: settings that contradict each other (config.py) or would have no effect
+(workarounds.py), prefix caching over FLASHINFER (gpu/backend.py), means that do not fit memory (gpu/skipping.py).
 
 Source: vllm/config/*.py.
 """
@@ -29,10 +33,10 @@ class Refusal:
     """One thing that is refused.
 
     Attributes:
-        setting: what the user set, in vLLM's words.
-        reason: why it cannot hold.
+        setting: what the user set, by vLLM's name or ours.
+        reason: why it is refused; the sentence goes on with it after the value.
         remedy: what to do instead.
-        found: the refused value in a configuration, or something false where there is nothing to refuse.
+        found: the refused value, and what it depends on if that must be said; something false where nothing is refused.
     """
 
     setting: str

@@ -1,1 +1,1 @@
-"""Kernels: tensors, strides and integers in, nothing else; no configuration, no request, no vLLM type."""
+"""Kernels and their launchers: compiled kernels take tensors, strides and numbers only; nothing here knows vLLM."""

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vllm_tokenfilter.kernels.gpu import carry, compact, lengths, rows, score, skip, substitutes
 
-POINTERS = {
+ARGUMENTS = {
     "*i64": "layer_addresses layer_indices slot_mapping totals",
     "*i32": "block_tables task_rows task_chunks first_chunk last_chunk shared_chunks num_tokens first_task kept "
     "query_start_loc seq_lens stored_lens clean_tables rows debts read_lens below skipped",
@@ -21,8 +21,10 @@ POINTERS = {
     "*bf16": "query output",
     "fp32": "decay_log2 decay scale softcap",
     "i64": "block_stride head_stride saved_stride carried_stride",
+    "i32": "block_tables_stride clean_tables_stride layer num_blocks num_heads num_reqs num_scored_heads num_tasks "
+    "output_stride query_stride ratio rows_stride seed sinks skipped_reads token_stride warmup_tokens",
 }
-TYPES = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
+TYPES = {name: type_ for type_, names in ARGUMENTS.items() for name in names.split()}
 SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
 SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
 LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, MARKED=True, NO_SEALS=1 << 30, TILE=128)
@@ -48,7 +50,7 @@ KERNELS = [
     (carry.carry_means_kernel, dict(C=64, K=32, WIDTH=4096, BLOCK_SIZE=16, TILE=128)),
 ]
 for kernel, constants in KERNELS:
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
     for capability in (80, 90):

@@ -86,7 +86,7 @@ class DueSealsOnDevice:
 
 @triton.jit
 def due_chunks(row, first_chunk, last_chunk, shared_chunks):
-    """First and last due chunk of a row, and whether the first was scored by an earlier seal.
+    """First due chunk of a row, one past the last, and whether the first was scored by an earlier seal.
 
     What the host found due is only what the length says: chunks taken over sealed are none of the row's own.
     """

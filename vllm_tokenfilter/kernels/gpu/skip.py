@@ -9,7 +9,7 @@ debts are integers, as on CPU: only the scores are floating point.
 
 Names: D head size, M terms of an anchor, TILE tokens at a time, BLOCK_R a power of two of at least the rows' number.
 
-Source: docs/skipping.md (the decision); kernels/cpu/skip.c is the readable form.
+Source: docs/skipping.md (the decision); tests/reference.py (`decide`) is the readable form.
 """
 
 import math

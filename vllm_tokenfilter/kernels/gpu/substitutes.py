@@ -2,7 +2,7 @@
 
 Names: D head size, TILE tokens or columns at a time, GROUP query heads of one KV head.
 
-Source: docs/skipping.md (the substitutes); kernels/cpu/substitutes.c is the readable form.
+Source: docs/skipping.md (the substitutes); tests/reference.py (`_substitute`) is the readable form.
 """
 
 from typing import assert_never
