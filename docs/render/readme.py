@@ -11,7 +11,7 @@ _MEASURED = ("variance_aware", "smollm2-135m-tuned")
 _HEAD = [
     f"{_MODEL}, half of the sealed tokens removed",
     "every layer pruned alike",
-    "[tuned](docs/tuning.md): only the layers that can spare it (`make serve`)",
+    "[tuned](docs/tuning.md): only layers that tolerate pruning are pruned (`make serve`)",
     "measured in",
 ]
 _ABSENT = "not measured"
@@ -33,7 +33,7 @@ def _row(title: str, figures: dict[str, str], names: tuple[str, ...], file: str)
 
 
 def _gains(results: dict[str, Result]) -> Rows:
-    """Speed and capacity, times stock vLLM's."""
+    """Speed and capacity, relative to stock vLLM's."""
     rows: Rows = []
     if speed := results.get("skipping_speed"):
         figures = {
@@ -41,11 +41,11 @@ def _gains(results: dict[str, Result]) -> Rows:
             for name, value in speed["models"][_MODEL]["summary"]["speedups"].items()
         }
         work = f"{speed['parameters']['requests']} requests of {speed['parameters']['tokens']} tokens"
-        title = f"gain: decoding speed, {work}, {speed['machine']['cores']} CPU cores, times stock vLLM"
+        title = f"gain: decoding speed relative to stock vLLM ({work}, {speed['machine']['cores']} CPU cores)"
         rows.append(_row(title, figures, _SERVED, "skipping_speed"))
     if capacity := results.get("capacity"):
         figures = {name: f"**{value:.3f} x**" for name, value in capacity["summary"]["ratios"].items()}
-        title = "gain: requests of 8192 tokens in the same KV cache, times stock vLLM"
+        title = "gain: how many 8192-token requests fit the same KV cache, relative to stock vLLM"
         rows.append(_row(title, figures, _SERVED, "capacity"))
     return rows
 
@@ -62,7 +62,7 @@ def _costs(results: dict[str, Result]) -> Rows:
         dense = values["dense"]["perplexity"]
         tokens = quality["cells"][0]["parameters"]["sequence_length"]
         rises = {name: f"**{value['perplexity'] / dense - 1:+.1%}**" for name, value in values.items()}
-        title = f"cost: rise of perplexity, {quality['text']}, {tokens} tokens"
+        title = f"cost: rise in perplexity, {quality['text']}, {tokens} tokens"
         rows.append(_row(title, rises, _MEASURED, "perplexity_tuned"))
         agreements = {name: f"**{value['top1_agreement']:.1%}**" for name, value in values.items()}
         title = "cost: positions whose most likely next token is still the same (dense: 100%)"
@@ -73,6 +73,7 @@ def _costs(results: dict[str, Result]) -> Rows:
             for cell in recall["cells"]
             if cell["parameters"] == {**cell["parameters"], "kind": "passkey", "length": 1500, "depth": 0.5}
         }
-        title = f"cost: tokens right of a pass key hidden in 1500 tokens (dense: {right['dense'].strip('*')})"
+        dense = right["dense"].strip("*")
+        title = f"cost: share of a hidden pass key's tokens recalled correctly (1500-token context; dense: {dense})"
         rows.append(_row(title, right, _MEASURED, "recall"))
     return rows
