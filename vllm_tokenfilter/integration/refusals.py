@@ -1,11 +1,7 @@
 """What Token Filtering does not serve: one table, checked before weights load, rendered into docs/compatibility.md.
 
-Checked when the engine's configuration is made (the user's own process, so the sentence is the last thing printed), and
-again in each worker by whoever reads the settings there (for configurations made without `EngineArgs`); for other
-settings also when a running server is given another ratio, and by the scoring engine.
-
-Refused elsewhere, where more is known: settings that contradict each other (config.py) or would have no effect
-(workarounds.py), prefix caching over FLASHINFER (gpu/backend.py), means that do not fit memory (gpu/skipping.py).
+Checked in the user's process when vLLM's configuration is made (its sentences are printed last), in each worker,
+and for other settings at a change of ratio and by the scoring engine. What else is refused: docs/compatibility.md.
 
 Source: vllm/config/*.py.
 """
