@@ -29,7 +29,8 @@ RATIOS = [0, 0.125, 0.25, 0.5, 0.5, 0.6]
 BLOCK = 32 * 2 * 2 * 32 * 4
 FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "16"]
 FLAGS += ["--kv-cache-memory-bytes", str(250 * BLOCK), "--enable-prompt-tokens-details"]
-#: What a flat line may rise by, in MiB a minute; of a short run the fit is printed only.
+#: What a flat line may rise by, in MiB a minute. Of a short run the fit is printed only: on CPU torch allocates for
+#: steps of new lengths for about five minutes, under stock vLLM as well.
 STEEPEST, LONG_ENOUGH = 1.0, 15.0
 
 
@@ -188,9 +189,10 @@ def test_half_an_hour_of_everything(tiny_model, request):
         assert load.lost == []
         assert all(load.done[name] for name in ("completion", "chat", "stream", "leave", "pause", "change 200"))
         assert counted["vllm:num_preemptions_total"] > 0 and counted["vllm:prefix_cache_hits_total"] > 0
-        # Every request that was answered or left is accounted for, and gave its blocks back.
-        answered = sum(load.done[name] for name in ("completion", "chat", "stream", "leave"))
-        assert counted["vllm:request_success_total"] == answered
+        # Every request that was answered is accounted for, those that were left only if they were done by then; and all
+        # gave their blocks back.
+        answered = sum(load.done[name] for name in ("completion", "chat", "stream"))
+        assert answered <= counted["vllm:request_success_total"] <= answered + load.done["leave"]
         assert counted["vllm:num_requests_running"] == counted["vllm:num_requests_waiting"] == 0
         assert counted["vllm:kv_cache_usage_perc"] == 0
         status = httpx.get(f"{url}/token_filtering").json()
