@@ -29,8 +29,15 @@ STARTS = {
 TOGETHER = [("stock",), ("installed", "zero", "half", "custom"), ("implied",), ("compiled",)]
 
 
+@pytest.fixture(scope="module", params=["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+def started(request):
+    """The model that is started, and how many layers it has."""
+    name, layers = ("tiny_model", 4) if request.param == "tiny" else ("model_path", 30)
+    return request.getfixturevalue(name), layers
+
+
 @pytest.fixture(scope="module")
-def generate(tiny_model, tmp_path_factory):
+def generate(started, tmp_path_factory):
     """What an engine generated, by the name of its start, and its log."""
     folder = tmp_path_factory.mktemp("generated")
 
@@ -42,7 +49,7 @@ def generate(tiny_model, tmp_path_factory):
             {
                 "out": str(file(name, "json")),
                 "log": str(file(name, "log")),
-                "llm": {"model": tiny_model, "enforce_eager": True, **STARTS[name]},
+                "llm": {"model": started[0], "enforce_eager": True, **STARTS[name]},
                 "prompts": 32 if "additional_config" not in STARTS[name] or name == "zero" else 8,
                 "status": "additional_config" in STARTS[name],
             }
@@ -73,25 +80,25 @@ def test_installed_but_not_configured_is_stock_vllm_bit_for_bit(generate):
     assert installed == stock
 
 
-def test_ratio_zero_is_stock_vllm_bit_for_bit(generate):
+def test_ratio_zero_is_stock_vllm_bit_for_bit(generate, started):
     stock, _ = generate("stock")
     ours, log = generate("zero")
     assert ours["tokens"] == stock["tokens"]
     assert ours["logprobs"] == stock["logprobs"]
-    assert ours["status"][0]["layers"]["dense"] == {"pruning_ratio_zero": [0, 1, 2, 3]}
+    assert ours["status"][0]["layers"]["dense"] == {"pruning_ratio_zero": list(range(started[1]))}
     assert "filters no layer" in log
 
 
-def test_a_spawned_engine_filters_counts_and_says_so(generate):
+def test_a_spawned_engine_filters_counts_and_says_so(generate, started):
     ours, log = generate("half")
     stock, _ = generate("stock")
     status = ours["status"][0]
-    assert status["backend"] == "TOKEN_FILTERING" and status["layers"]["filtered"] == [0, 1, 2, 3]
+    assert status["backend"] == "TOKEN_FILTERING" and status["layers"]["filtered"] == list(range(started[1]))
     status = status["counters"]
     assert 0 < status["tokens_pruned"] == status["tokens_sealed"] // 2 < status["tokens_seen"]
     assert status["rows_dense"]["shorter_than_window_and_chunk"] > 0
     assert ours["logprobs"] != stock["logprobs"][:8], "nothing changed, so nothing was filtered"
-    assert "Token Filtering is on" in log and "layers filtered: 0-3" in log
+    assert "Token Filtering is on" in log and f"layers filtered: 0-{started[1] - 1}" in log
     assert "prefix caching: on, sealed chunks are shared" in log
     assert "Token Filtering totals" in log, "the counters were not logged at shutdown"
 

@@ -74,7 +74,7 @@ def extend_engine_core() -> None:
 
     Symptom: nobody can ask the scheduler how many blocks filtered layers hold, or give it another ratio.
     Cause: vLLM 0.32 lets plugins add methods to workers (`worker_extension_cls`), but not to the engine core.
-    Twice is safe: the methods are set to the same functions. Inert: nothing of vLLM's is replaced, nothing calls them.
+    Twice is safe: set to the same functions, wrappers marked. Inert: without a switch, calls go straight through.
     Delete when: vLLM takes an extension of its engine core.
     """
     # A spawned engine core has the module before it loads plugins; importing it anywhere else would cost a second.

@@ -37,12 +37,12 @@ EMBEDDED_DEFAULTS = {
 }
 
 #: And how it is filtered then: configs/smollm2-135m-tuned.yaml, what `vllm-tokenfilter tune` found (docs/tuning.md).
-_RECALLING_LAYERS = (6, 7, 8, 17, 18, 19, 20, 21, 23, 24)
+_RETRIEVAL_LAYERS = (6, 7, 8, 17, 18, 19, 20, 21, 23, 24)
 EMBEDDED_FILTER: dict[str, Any] = {
     "pruning_ratio": 0.5,
     "chunk_size": 128,
     "recent_window": 128,
-    "schedule": {"kind": "per_layer", "ratios": [0.0 if layer in _RECALLING_LAYERS else 0.75 for layer in range(30)]},
+    "schedule": {"kind": "per_layer", "ratios": [0.0 if layer in _RETRIEVAL_LAYERS else 0.75 for layer in range(30)]},
 }
 
 #: Flags of ours that vLLM's server does not know, by option; it never gets them.
