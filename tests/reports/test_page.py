@@ -135,7 +135,7 @@ def test_the_readme_shows_the_files_own_numbers():
     # Ratio 0.75 of the same method, which comes later in the file, must not take the place of 0.5.
     assert "| **+10.0%** | **+2.0%** | [perplexity_tuned.json]" in block and "| **90.0%** | **90.0%** |" in block
     assert "| **1.850 x** | **1.750 x** | [capacity.json]" in block
-    assert "(dense: 99.0%) | **50.0%** | not measured | [recall.json]" in block
+    assert "dense: 99.0%) | **50.0%** | not measured | [recall.json]" in block
     assert "bench" not in results_page({}).lower() or "benchmarks/results" in results_page({})
 
 
