@@ -1,6 +1,9 @@
 """The plot of docs/tuning.md: settings of equal budget, by what they cost running text and answers."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.transforms import Bbox
 
 from vllm_tokenfilter.reports.figures import Result
 from vllm_tokenfilter.reports.plots import INK, MARKERS, blank_axes, svg
@@ -76,12 +79,29 @@ def settings_tried(trials: list[SelectionTrial]) -> str:
         label="no other setting is better in both",
     )
     # The settings with dense retrieval layers lie too close together to be labelled; the table names them.
-    apart = sorted((trial for trial in trials if not trial.name.startswith("tuned")), key=lambda trial: trial.nll)
-    for number, trial in enumerate(apart):
-        place, offset = (trial.nll, 100 * trial.recall), (5, -9 if number % 2 else 3)
-        axes.annotate(trial.name, place, xytext=offset, textcoords="offset points", color=INK, fontsize=7)
     axes.set_xlabel("log-perplexity above dense, nats per token", color=INK)
     axes.set_ylabel("tokens of answers right, percent", color=INK)
     axes.margins(0.2, 0.08)
     axes.legend(fontsize=8, labelcolor=INK, framealpha=0)
+    figure.draw_without_rendering()  # settles where everything lies
+    places = {trial: (trial.nll, 100 * trial.recall) for trial in trials}
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in axes.transData.transform(list(places.values()))]
+    for trial in sorted(trials, key=lambda trial: trial.nll):
+        if not trial.name.startswith("tuned"):
+            taken.append(_label(axes, trial.name, places[trial], taken))
     return svg(figure)
+
+
+def _label(axes: Any, name: str, place: tuple[float, float], taken: list[Any]) -> Any:
+    """Write a name beside its point where it covers nothing of what is taken, in pixels; returns what it takes."""
+    for away in (3, 11, 19, 27):
+        for ha, x in (("left", 5), ("right", -5)):
+            for va, y in (("bottom", away - 2), ("top", 2 - away)):
+                text = axes.annotate(
+                    name, place, xytext=(x, y), textcoords="offset points", ha=ha, va=va, color=INK, fontsize=7
+                )
+                box = text.get_window_extent()
+                if not any(box.overlaps(other) for other in taken) and axes.bbox.containsx(box.x0):
+                    return box
+                text.remove()
+    raise ValueError(f"no room for the name {name}")
