@@ -24,21 +24,13 @@ Length = TypeVar("Length", int, Any)
 
 @dataclass(frozen=True)
 class Layout:
-    """The integers that fix the layout; made once from the configuration.
+    """The integers that fix the layout; made once from the configuration."""
 
-    Attributes:
-        chunk_size: tokens sealed together, C.
-        kept_per_chunk: tokens of each chunk that stay, K, with 1 <= K <= C.
-        recent_window: newest tokens that are never sealed, W >= C.
-        sink_tokens: first tokens of the sequence that always stay, <= K.
-        anchor_terms: earlier tokens that one anchor averages, M <= C.
-    """
-
-    chunk_size: int
-    kept_per_chunk: int
-    recent_window: int
-    sink_tokens: int
-    anchor_terms: int
+    chunk_size: int  #: tokens sealed together, C.
+    kept_per_chunk: int  #: tokens of each chunk that stay, K, with 1 <= K <= C.
+    recent_window: int  #: newest tokens that are never sealed, W >= C.
+    sink_tokens: int  #: first tokens of the sequence that always stay, <= K.
+    anchor_terms: int  #: earlier tokens that one anchor averages, M <= C.
 
     @property
     def removed_per_chunk(self) -> int:

@@ -18,15 +18,10 @@ from vllm_tokenfilter.schedule import Schedule
 
 @dataclass(frozen=True)
 class Scale:
-    """What a server's settings can be scaled to.
+    """What a server's settings can be scaled to."""
 
-    Attributes:
-        started: the settings it started with.
-        removed: tokens that each layer removes of a chunk at the start; 0 where it keeps all.
-    """
-
-    started: FilterConfig
-    removed: tuple[int, ...]
+    started: FilterConfig  #: the settings it started with.
+    removed: tuple[int, ...]  #: tokens that each layer removes of a chunk at the start; 0 where it keeps all.
 
     @classmethod
     def of(cls, started: FilterConfig, num_layers: int) -> "Scale":

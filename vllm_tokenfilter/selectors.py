@@ -21,25 +21,15 @@ _MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A complete raw chunk and its surroundings in one layer.
+    """A complete raw chunk and its surroundings in one layer."""
 
-    Attributes:
-        keys: float [H, P + C, D], as the cache holds them (after RoPE).
-        values: same shape.
-        num_before: P.
-        next_keys: float [H, C, D], the chunk after it; None while that is incomplete.
-        next_values: same shape, or None.
-        first_position: position of the chunk's first token in the sequence.
-        layer_index: index of the layer, from 0.
-    """
-
-    keys: Tensor
-    values: Tensor
-    num_before: int
-    next_keys: Tensor | None
-    next_values: Tensor | None
-    first_position: int
-    layer_index: int
+    keys: Tensor  #: float [H, P + C, D], as the cache holds them (after RoPE).
+    values: Tensor  #: same shape.
+    num_before: int  #: P.
+    next_keys: Tensor | None  #: float [H, C, D], the chunk after it; None while that is incomplete.
+    next_values: Tensor | None  #: same shape, or None.
+    first_position: int  #: position of the chunk's first token in the sequence.
+    layer_index: int  #: index of the layer, from 0.
 
 
 def chunk_redundancy(chunk: RawChunk, config: FilterConfig) -> Tensor:

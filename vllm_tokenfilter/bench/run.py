@@ -22,84 +22,51 @@ _LOAD = ("server", "context", "concurrency", "repeat")
 
 
 class Sample(BaseModel):
-    """One server, one workload, once.
-
-    Attributes:
-        server: its name.
-        context: prompt tokens of each request.
-        concurrency: requests sent together.
-        repeat: from 0.
-        first_token_s: time to first token of each request.
-        between_median_s: median time between tokens, over all tokens of all requests.
-        between_p99_s: 99th percentile of the same.
-        output_tokens_per_s: tokens of all answers over the time from the first request to the last token.
-        requests_per_s: requests over the same time.
-        peak_resident_bytes: of the server's process tree; 0 if it was not started here.
-        preemptions: during the sample.
-    """
+    """One server, one workload, once."""
 
     model_config = ConfigDict(extra="forbid")
 
-    server: str
-    context: int
-    concurrency: int
-    repeat: int
-    first_token_s: list[float]
-    between_median_s: float
-    between_p99_s: float
-    output_tokens_per_s: float
-    requests_per_s: float
-    peak_resident_bytes: int
-    preemptions: float
+    server: str  #: its name.
+    context: int  #: prompt tokens of each request.
+    concurrency: int  #: requests sent together.
+    repeat: int  #: from 0.
+    first_token_s: list[float]  #: time to first token of each request.
+    between_median_s: float  #: median time between tokens, over all tokens of all requests.
+    between_p99_s: float  #: 99th percentile of the same.
+    output_tokens_per_s: float  #: tokens of all answers over the time from the first request to the last token.
+    requests_per_s: float  #: requests over the same time.
+    peak_resident_bytes: int  #: of the server's process tree; 0 if it was not started here.
+    preemptions: float  #: during the sample.
 
 
 class Benchmark(ResultFile):
-    """A result file.
-
-    Attributes:
-        parameters: output tokens, server flags and the grid.
-        capacity: server -> what vLLM said at start: kv_cache_tokens, max_concurrency.
-        samples: every measurement, in the order it was made.
-        summary: a row per server and workload: medians with least and greatest over repeats, and the ratios to stock
-            of the same repeat.
-    """
+    """A result file."""
 
     kind: Literal["benchmark"] = "benchmark"
-    parameters: dict[str, Any]
-    capacity: dict[str, dict[str, float]] = {}
-    samples: list[Sample] = []
+    parameters: dict[str, Any]  #: output tokens, server flags and the grid.
+    capacity: dict[str, dict[str, float]] = {}  #: server -> what vLLM said at start: kv_cache_tokens, max_concurrency.
+    samples: list[Sample] = []  #: every measurement, in the order it was made.
+    #: A row per server and workload: medians with least and greatest over repeats, and the ratios to stock of the same
+    #: repeat.
     summary: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """What to measure.
+    """What to measure."""
 
-    Attributes:
-        model: path or Hugging Face id; unused with urls.
-        contexts: prompt tokens.
-        concurrencies: requests sent together.
-        ratios: pruning ratios, one server each, beside stock.
-        repeats: interleaved repeats; one more warms up.
-        output_tokens: tokens of each answer.
-        settings: further settings of the filter.
-        server_flags: further flags of every server.
-        urls: name -> url of servers that run already, measured instead of starting any.
-        headers: sent with every request.
-        seed: of the prompts.
-    """
-
-    model: str
-    contexts: list[int]
-    concurrencies: list[int]
-    ratios: list[float]
-    repeats: int
-    output_tokens: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    server_flags: list[str] = field(default_factory=list)
+    model: str  #: path or Hugging Face id; unused with urls.
+    contexts: list[int]  #: prompt tokens.
+    concurrencies: list[int]  #: requests sent together.
+    ratios: list[float]  #: pruning ratios, one server each, beside stock.
+    repeats: int  #: interleaved repeats; one more warms up.
+    output_tokens: int  #: tokens of each answer.
+    settings: dict[str, Any] = field(default_factory=dict)  #: further settings of the filter.
+    server_flags: list[str] = field(default_factory=list)  #: further flags of every server.
+    #: Name -> url of servers that run already, measured instead of starting any.
     urls: dict[str, str] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-    seed: int = 0
+    headers: dict[str, str] = field(default_factory=dict)  #: sent with every request.
+    seed: int = 0  #: of the prompts.
 
     def check(self) -> None:
         """Refuse what is wrong before a server starts.

@@ -29,21 +29,13 @@ SERVE = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 
 @dataclass
 class Server:
-    """One server.
+    """One server."""
 
-    Attributes:
-        name: "stock", "r=0.5", or what the user called it.
-        url: without /v1.
-        process: ours to stop, or None.
-        log: what it printed, or None.
-        headers: sent with every request.
-    """
-
-    name: str
-    url: str
-    process: subprocess.Popen[str] | None = None
-    log: IO[str] | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    name: str  #: "stock", "r=0.5", or what the user called it.
+    url: str  #: without /v1.
+    process: subprocess.Popen[str] | None = None  #: ours to stop, or None.
+    log: IO[str] | None = None  #: what it printed, or None.
+    headers: dict[str, str] = field(default_factory=dict)  #: sent with every request.
 
     def model(self) -> tuple[str, int]:
         """The name and the longest sequence it serves.

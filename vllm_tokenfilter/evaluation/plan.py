@@ -16,47 +16,27 @@ QUALITY_METRICS = ("perplexity", "tasks", "recall")
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What to measure.
+    """What to measure."""
 
-    Attributes:
-        model: path or Hugging Face id.
-        methods: keys of schema.METHODS.
-        ratios: pruning ratios; dense is always measured first.
-        recent_windows: tokens.
-        chunk_sizes: tokens.
-        extra: settings that every cell of the grid has besides.
-        configs: name -> settings measured as they are, beside the grid.
-        metrics: of QUALITY_METRICS.
-        lengths: tokens of perplexity windows.
-        windows: windows per length; 0 for all the text has.
-        task_names: tasks, for the metric "tasks".
-        limit: rows per task; None for all.
-        recall_lengths: tokens of the text before the answer.
-        depths: where the fact stands, 0 to 1.
-        kinds: of recall.KINDS.
-        trials: per kind, length and depth.
-        seed: of the generators.
-        data_dir: local rows and text.
-    """
-
-    model: str
-    methods: list[str]
-    ratios: list[float]
-    recent_windows: list[int]
-    chunk_sizes: list[int]
-    metrics: list[str]
-    extra: dict[str, Any] = field(default_factory=dict)
+    model: str  #: path or Hugging Face id.
+    methods: list[str]  #: keys of schema.METHODS.
+    ratios: list[float]  #: pruning ratios; dense is always measured first.
+    recent_windows: list[int]  #: tokens.
+    chunk_sizes: list[int]  #: tokens.
+    metrics: list[str]  #: of QUALITY_METRICS.
+    extra: dict[str, Any] = field(default_factory=dict)  #: settings that every cell of the grid has besides.
+    #: Name -> settings measured as they are, beside the grid.
     configs: dict[str, FilterConfig] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=lambda: [2048])
-    windows: int = 8
-    task_names: list[str] = field(default_factory=lambda: list(tasks.PAPER_TASKS))
-    limit: int | None = None
-    recall_lengths: list[int] = field(default_factory=lambda: [700, 1500])
-    depths: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])
-    kinds: list[str] = field(default_factory=lambda: list(recall.KINDS))
-    trials: int = 100
-    seed: int = 0
-    data_dir: Path | None = None
+    lengths: list[int] = field(default_factory=lambda: [2048])  #: tokens of perplexity windows.
+    windows: int = 8  #: windows per length; 0 for all the text has.
+    task_names: list[str] = field(default_factory=lambda: list(tasks.PAPER_TASKS))  #: tasks, for the metric "tasks".
+    limit: int | None = None  #: rows per task; None for all.
+    recall_lengths: list[int] = field(default_factory=lambda: [700, 1500])  #: tokens of the text before the answer.
+    depths: list[float] = field(default_factory=lambda: [0.1, 0.5, 0.9])  #: where the fact stands, 0 to 1.
+    kinds: list[str] = field(default_factory=lambda: list(recall.KINDS))  #: of recall.KINDS.
+    trials: int = 100  #: per kind, length and depth.
+    seed: int = 0  #: of the generators.
+    data_dir: Path | None = None  #: local rows and text.
 
     def points(self) -> list[tuple[str, FilterConfig]]:
         """The grid: dense, every method at every ratio, chunk size and window, and the settings of files.

@@ -26,15 +26,10 @@ _NAMES = [
 
 @dataclass(frozen=True)
 class RecallTrial:
-    """One question.
+    """One question."""
 
-    Attributes:
-        tokens: the whole text with the answer at its end.
-        num_answer: tokens of the answer.
-    """
-
-    tokens: list[int]
-    num_answer: int
+    tokens: list[int]  #: the whole text with the answer at its end.
+    num_answer: int  #: tokens of the answer.
 
 
 def make_trials(

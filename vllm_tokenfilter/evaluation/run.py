@@ -71,19 +71,12 @@ def _step_tokens(config: FilterConfig) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """One cell to measure.
+    """One cell to measure."""
 
-    Attributes:
-        metric: as in `Cell`.
-        parameters: as in `Cell`.
-        units: what progress counts; 0 if unknown.
-        measure: returns the cell's values and samples.
-    """
-
-    metric: str
-    parameters: dict[str, Any]
-    units: int
-    measure: Callable[[Advance], tuple[dict[str, float], list[float]]]
+    metric: str  #: as in `Cell`.
+    parameters: dict[str, Any]  #: as in `Cell`.
+    units: int  #: what progress counts; 0 if unknown.
+    measure: Callable[[Advance], tuple[dict[str, float], list[float]]]  #: returns the cell's values and samples.
 
 
 def _all_compared(plan: EvaluationPlan, dense: _Job, done: set[str]) -> bool:

@@ -15,37 +15,25 @@ METHODS: dict[str, dict[str, str]] = {
 
 
 class Cell(BaseModel):
-    """One measurement: a method's settings under one metric.
-
-    Attributes:
-        method: a key of METHODS, "dense", or the name of a settings file.
-        settings: every setting of the filter, as in docs/configuration.md.
-        metric: perplexity, recall, or a task's name.
-        parameters: what was measured: sequence length, rows, depth, ...
-        values: the figures by name. perplexity; kl (mean KL divergence of the next-token distribution from dense to
-            filtered, nats); top1_agreement (share of positions where both name the same likeliest token); accuracy
-            and its standard error; token_accuracy; answer_logprob (mean per token, nats).
-        samples: per window, row or trial, in order, what `values` is the mean of: for paired comparisons.
-        tokens_seen: positions computed.
-        tokens_pruned: positions that left the cache, as a mean over the filtered layers.
-        attentions_skipped: attentions of a token in a layer that were skipped.
-        rows_dense: steps of requests that read every token, by reason.
-        filter_active: whether anything was removed or skipped; if not, at a ratio above 0, this is "filter inactive"
-            and no quality result.
-    """
+    """One measurement: a method's settings under one metric."""
 
     model_config = ConfigDict(extra="forbid")
 
-    method: str
-    settings: dict[str, Any]
-    metric: str
-    parameters: dict[str, Any]
+    method: str  #: a key of METHODS, "dense", or the name of a settings file.
+    settings: dict[str, Any]  #: every setting of the filter, as in docs/configuration.md.
+    metric: str  #: perplexity, recall, or a task's name.
+    parameters: dict[str, Any]  #: what was measured: sequence length, rows, depth, ...
+    #: The figures by name. perplexity; kl (mean KL divergence of the next-token distribution from dense to filtered,
+    #: nats); top1_agreement (share of positions where both name the same likeliest token); accuracy and its standard
+    #: error; token_accuracy; answer_logprob (mean per token, nats).
     values: dict[str, float]
-    samples: list[float]
-    tokens_seen: int
-    tokens_pruned: int
-    attentions_skipped: int = 0
-    rows_dense: dict[str, int]
+    samples: list[float]  #: per window, row or trial, in order, what `values` is the mean of: for paired comparisons.
+    tokens_seen: int  #: positions computed.
+    tokens_pruned: int  #: positions that left the cache, as a mean over the filtered layers.
+    attentions_skipped: int = 0  #: attentions of a token in a layer that were skipped.
+    rows_dense: dict[str, int]  #: steps of requests that read every token, by reason.
+    #: Whether anything was removed or skipped; if not, at a ratio above 0, this is "filter inactive" and no quality
+    #: result.
     filter_active: bool
 
     @property
@@ -55,18 +43,12 @@ class Cell(BaseModel):
 
 
 class Evaluation(ResultFile):
-    """A result file.
-
-    Attributes:
-        text: what prose was read.
-        seed: of every generator.
-        cells: the measurements.
-    """
+    """A result file."""
 
     kind: Literal["evaluation"] = "evaluation"
-    text: str
-    seed: int
-    cells: list[Cell] = []
+    text: str  #: what prose was read.
+    seed: int  #: of every generator.
+    cells: list[Cell] = []  #: the measurements.
 
 
 def key_of(config: FilterConfig, metric: str, parameters: dict[str, Any]) -> str:

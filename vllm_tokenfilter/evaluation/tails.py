@@ -12,15 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tail:
-    """The last tokens of one text, from the first to the last.
+    """The last tokens of one text, from the first to the last."""
 
-    Attributes:
-        logprobs: of each, nats.
-        hits: whether each was the likeliest.
-    """
-
-    logprobs: list[float] = field(default_factory=list)
-    hits: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  #: of each, nats.
+    hits: list[bool] = field(default_factory=list)  #: whether each was the likeliest.
 
 
 def score_tails(

@@ -23,30 +23,20 @@ PRUNED, KEPT, RAW = 0, 1, 2
 
 @dataclass(frozen=True)
 class Inspection:
-    """One text under one setting.
+    """One text under one setting."""
 
-    Attributes:
-        text: the tokens.
-        layers: indices of all layers, in order.
-        dense_layers: those that keep every token, by reason.
-        states: uint8 [num_layers, num_tokens]: PRUNED, KEPT, or RAW (not sealed, or in a dense layer).
-        key_similarity: float32 [num_layers, num_tokens], to the running anchor, mean over heads.
-        value_similarity: float32, same shape.
-        dense_probability: float64 [num_tokens - 1], of the token that follows each position, nothing filtered.
-        filtered_probability: float64, same shape, filtered.
-        same_choice: bool, same shape: both find the same token likeliest.
-        kl: float64, same shape: divergence of the filtered distribution from the dense one, in nats.
-    """
-
-    text: InspectedText
-    layers: list[int]
-    dense_layers: dict[str, list[int]]
+    text: InspectedText  #: the tokens.
+    layers: list[int]  #: indices of all layers, in order.
+    dense_layers: dict[str, list[int]]  #: those that keep every token, by reason.
+    #: uint8 [num_layers, num_tokens]: PRUNED, KEPT, or RAW (not sealed, or in a dense layer).
     states: NDArray[np.uint8]
-    key_similarity: NDArray[np.float32]
-    value_similarity: NDArray[np.float32]
+    key_similarity: NDArray[np.float32]  #: float32 [num_layers, num_tokens], to the running anchor, mean over heads.
+    value_similarity: NDArray[np.float32]  #: float32, same shape.
+    #: float64 [num_tokens - 1], of the token that follows each position, nothing filtered.
     dense_probability: NDArray[np.float64]
-    filtered_probability: NDArray[np.float64]
-    same_choice: NDArray[np.bool_]
+    filtered_probability: NDArray[np.float64]  #: float64, same shape, filtered.
+    same_choice: NDArray[np.bool_]  #: bool, same shape: both find the same token likeliest.
+    #: float64, same shape: divergence of the filtered distribution from the dense one, in nats.
     kl: NDArray[np.float64]
 
     @property

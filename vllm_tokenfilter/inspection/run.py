@@ -17,25 +17,15 @@ from vllm_tokenfilter.local.provenance import provenance
 
 @dataclass(frozen=True)
 class InspectionRequest:
-    """What is looked at.
+    """What is looked at."""
 
-    Attributes:
-        text: UTF-8 file.
-        chat: put the text into the model's chat template.
-        model: path or Hugging Face id; None for the embedded one.
-        limit: tokens of the text that are read.
-        step_tokens: tokens of each step.
-        html: the page.
-        config: our settings.
-    """
-
-    text: Path
-    chat: bool
-    model: str | None
-    limit: int
-    step_tokens: int
-    html: Path
-    config: FilterConfig
+    text: Path  #: UTF-8 file.
+    chat: bool  #: put the text into the model's chat template.
+    model: str | None  #: path or Hugging Face id; None for the embedded one.
+    limit: int  #: tokens of the text that are read.
+    step_tokens: int  #: tokens of each step.
+    html: Path  #: the page.
+    config: FilterConfig  #: our settings.
 
     def check(self) -> None:
         """Refuse what is wrong before an engine starts.

@@ -10,17 +10,11 @@ from vllm_tokenfilter.errors import EvaluationError
 
 @dataclass(frozen=True)
 class InspectedText:
-    """A text cut into tokens.
+    """A text cut into tokens."""
 
-    Attributes:
-        ids: the tokens.
-        pieces: the characters of each; joined they are the text. Empty where a token ends inside a character.
-        num_cut: tokens of the text that were left out at its end.
-    """
-
-    ids: list[int]
-    pieces: list[str]
-    num_cut: int
+    ids: list[int]  #: the tokens.
+    pieces: list[str]  #: the characters of each; joined they are the text. Empty where a token ends inside a character.
+    num_cut: int  #: tokens of the text that were left out at its end.
 
 
 def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> InspectedText:

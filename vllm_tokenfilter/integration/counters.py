@@ -23,35 +23,23 @@ class Merge(Enum):
 
 @dataclass
 class StepCounters:
-    """Totals since start; each says how it merges.
+    """Totals since start; each says how it merges."""
 
-    Attributes:
-        tokens_seen: tokens computed by steps of the group.
-        tokens_sealed: positions in chunks that were sealed.
-        tokens_pruned: positions among them that left the cache.
-        rows_filtered: rows that read a filtered cache.
-        rows_dense: rows that read every token, by reason.
-        seals: kernel calls.
-        seal_seconds: time spent in them; on a GPU the device's, see `gpu/clock.py`.
-        attentions_decided: attentions of a token in a layer that skips, once the warm-up is over.
-        attentions_skipped: attentions among them that were skipped.
-        reads_dense: cache entries (a token in a layer) that rows of one new token would have read without us.
-        reads_filtered: entries among them that were left after KV filtering.
-        reads_done: entries among those that were left after skipping.
-    """
-
-    tokens_seen: Annotated[int, Merge.TOKENS] = 0
-    tokens_sealed: Annotated[int, Merge.MEANS] = 0
-    tokens_pruned: Annotated[int, Merge.MEANS] = 0
-    rows_filtered: Annotated[int, Merge.TOKENS] = 0
+    tokens_seen: Annotated[int, Merge.TOKENS] = 0  #: tokens computed by steps of the group.
+    tokens_sealed: Annotated[int, Merge.MEANS] = 0  #: positions in chunks that were sealed.
+    tokens_pruned: Annotated[int, Merge.MEANS] = 0  #: positions among them that left the cache.
+    rows_filtered: Annotated[int, Merge.TOKENS] = 0  #: rows that read a filtered cache.
+    #: Rows that read every token, by reason.
     rows_dense: Annotated[Counter[str], Merge.TOKENS] = field(default_factory=Counter)
-    seals: Annotated[int, Merge.CALLS] = 0
-    seal_seconds: Annotated[float, Merge.CALLS] = 0.0
+    seals: Annotated[int, Merge.CALLS] = 0  #: kernel calls.
+    seal_seconds: Annotated[float, Merge.CALLS] = 0.0  #: time spent in them; on a GPU the device's, see `gpu/clock.py`.
+    #: Attentions of a token in a layer that skips, once the warm-up is over.
     attentions_decided: Annotated[int, Merge.PER_LAYER] = 0
-    attentions_skipped: Annotated[int, Merge.PER_LAYER] = 0
+    attentions_skipped: Annotated[int, Merge.PER_LAYER] = 0  #: attentions among them that were skipped.
+    #: Cache entries (a token in a layer) that rows of one new token would have read without us.
     reads_dense: Annotated[int, Merge.PER_LAYER] = 0
-    reads_filtered: Annotated[int, Merge.PER_LAYER] = 0
-    reads_done: Annotated[int, Merge.PER_LAYER] = 0
+    reads_filtered: Annotated[int, Merge.PER_LAYER] = 0  #: entries among them that were left after KV filtering.
+    reads_done: Annotated[int, Merge.PER_LAYER] = 0  #: entries among those that were left after skipping.
 
     def count_rows(self, rows: int, filtered: int) -> None:
         """Add a step's rows, `filtered` of which read a cache from which something was removed; the rest are short."""

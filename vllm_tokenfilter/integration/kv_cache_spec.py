@@ -21,14 +21,10 @@ class FilteredAttentionSpec(AttentionSpec):
 
     No `FullAttentionSpec`: vLLM shortens what such a group found in the prefix cache by itself, counting a block as
     `block_size` tokens.
-
-    Attributes:
-        layout: where the layer's tokens lie.
-        max_step_tokens: the most tokens of a request that one step computes.
     """
 
-    layout: Layout
-    max_step_tokens: int
+    layout: Layout  #: where the layer's tokens lie.
+    max_step_tokens: int  #: the most tokens of a request that one step computes.
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of one request of the longest allowed length, at its peak."""

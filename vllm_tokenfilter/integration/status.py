@@ -22,44 +22,26 @@ _TOKENS, _MEANS, _CALLS, _PER_LAYER = map(merged_as, Merge)
 
 
 class GroupStatus(BaseModel, frozen=True):
-    """What was done in the layers of one KV-cache group that a worker, or an engine, holds.
+    """What was done in the layers of one KV-cache group that a worker, or an engine, holds."""
 
-    Attributes:
-        plan: of these layers; empty where a pipeline stage, or our backend, has none of the group's.
-        counters: what was done in them.
-        blocks_held: KV-cache blocks that unfinished requests hold; only the scheduler knows.
-        blocks_dense: blocks that they would hold if nothing were filtered.
-    """
-
-    plan: LayerPlan
-    counters: StepCounters
-    blocks_held: int = 0
-    blocks_dense: int = 0
+    plan: LayerPlan  #: of these layers; empty where a pipeline stage, or our backend, has none of the group's.
+    counters: StepCounters  #: what was done in them.
+    blocks_held: int = 0  #: KV-cache blocks that unfinished requests hold; only the scheduler knows.
+    blocks_dense: int = 0  #: blocks that they would hold if nothing were filtered.
 
 
 class Status(BaseModel, frozen=True):
-    """Settings in force, what they make of every layer, and totals since start; of a worker, an engine, or a server.
+    """Settings in force, what they make of every layer, and totals since start; of a worker, an engine, or a server."""
 
-    Attributes:
-        backend: TOKEN_FILTERING.
-        settings: as configured.
-        groups: one for each KV-cache group of the engine, in vLLM's order.
-        inner_backends: on a GPU, vLLM's backends in use.
-        cudagraph_mode: on a GPU, vLLM's mode.
-        engines: data-parallel engines.
-        switching: whether another ratio waits for requests to end.
-        prefix_caching: in words; empty as long as the scheduler is not asked.
-        reachable: the lowest and the highest ratio that can follow at run time; None if none can.
-    """
-
-    backend: str
-    settings: FilterConfig
-    groups: list[GroupStatus]
-    inner_backends: list[str] = []
-    cudagraph_mode: str | None = None
-    engines: int = 1
-    switching: bool = False
-    prefix_caching: str = ""
+    backend: str  #: TOKEN_FILTERING.
+    settings: FilterConfig  #: as configured.
+    groups: list[GroupStatus]  #: one for each KV-cache group of the engine, in vLLM's order.
+    inner_backends: list[str] = []  #: on a GPU, vLLM's backends in use.
+    cudagraph_mode: str | None = None  #: on a GPU, vLLM's mode.
+    engines: int = 1  #: data-parallel engines.
+    switching: bool = False  #: whether another ratio waits for requests to end.
+    prefix_caching: str = ""  #: in words; empty as long as the scheduler is not asked.
+    #: The lowest and the highest ratio that can follow at run time; None if none can.
     reachable: tuple[float, float] | None = None
 
     @computed_field  # type: ignore[prop-decorator]

@@ -13,21 +13,13 @@ from vllm_tokenfilter.layout import Layout, sealed_chunks, stored_tokens
 
 @dataclass(frozen=True)
 class DuePlan:
-    """The rows of a step that have chunks to seal; arrays are int64, with an entry per such row.
+    """The rows of a step that have chunks to seal; arrays are int64, with an entry per such row."""
 
-    Attributes:
-        rows: rows of the step.
-        num_tokens: computed tokens once the step is done.
-        first_chunk: first due chunk.
-        last_chunk: one past the last due chunk.
-        num_blocks: entries of the block table the rows use.
-    """
-
-    rows: NDArray[np.int64]
-    num_tokens: NDArray[np.int64]
-    first_chunk: NDArray[np.int64]
-    last_chunk: NDArray[np.int64]
-    num_blocks: int
+    rows: NDArray[np.int64]  #: rows of the step.
+    num_tokens: NDArray[np.int64]  #: computed tokens once the step is done.
+    first_chunk: NDArray[np.int64]  #: first due chunk.
+    last_chunk: NDArray[np.int64]  #: one past the last due chunk.
+    num_blocks: int  #: entries of the block table the rows use.
 
     @property
     def num_chunks(self) -> int:

@@ -29,19 +29,12 @@ _MOST_HISTORY = 256
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How tokens are ranked, to seal them; `SkipRule` has the fusion for attention skipping.
+    """How tokens are ranked, to seal them; `SkipRule` has the fusion for attention skipping."""
 
-    Attributes:
-        selector: a key of SELECTOR_CODES; see selectors.py.
-        fusion: a key of FUSION_CODES, for the selector "anchor".
-        decay: the anchor's decay per token.
-        seed: of the selector "random".
-    """
-
-    selector: str = "anchor"
-    fusion: Fusion = "variance_aware"
-    decay: float = 0.9
-    seed: int = 0
+    selector: str = "anchor"  #: a key of SELECTOR_CODES; see selectors.py.
+    fusion: Fusion = "variance_aware"  #: a key of FUSION_CODES, for the selector "anchor".
+    decay: float = 0.9  #: the anchor's decay per token.
+    seed: int = 0  #: of the selector "random".
 
     @classmethod
     def of(cls, config: FilterConfig) -> "ScoreRule":
@@ -56,25 +49,15 @@ class ScoreRule:
 
 @dataclass(frozen=True)
 class SkipRule:
-    """How a layer decides and substitutes.
+    """How a layer decides and substitutes."""
 
-    Attributes:
-        terms: predecessors an anchor averages.
-        fusion: a key of FUSION_CODES.
-        decay: the anchor's decay per token, and that of the substitute "running_output".
-        history: most recent scores the threshold is a quantile of.
-        warmup: first positions that are never skipped.
-        sinks: first slots the substitute "window" attends to.
-        window: newest slots it attends to, the token's own among them.
-    """
-
-    terms: int
-    fusion: Fusion
-    decay: float
-    history: int
-    warmup: int
-    sinks: int
-    window: int
+    terms: int  #: predecessors an anchor averages.
+    fusion: Fusion  #: a key of FUSION_CODES.
+    decay: float  #: the anchor's decay per token, and that of the substitute "running_output".
+    history: int  #: most recent scores the threshold is a quantile of.
+    warmup: int  #: first positions that are never skipped.
+    sinks: int  #: first slots the substitute "window" attends to.
+    window: int  #: newest slots it attends to, the token's own among them.
 
     @classmethod
     def of(cls, config: FilterConfig) -> "SkipRule":

@@ -14,27 +14,17 @@ File = TypeVar("File", bound="ResultFile")
 
 
 class ResultFile(BaseModel):
-    """What every result file begins with.
-
-    Attributes:
-        kind: what was measured, so that a reader knows the file.
-        commit: of the package, "+changes" if files differed.
-        command: how to run it again.
-        machine: processor, cores, memory.
-        versions: of this package and what it stands on.
-        time: when the last entry was measured, UTC.
-        model: path's last part, Hugging Face id, or the name served.
-    """
+    """What every result file begins with."""
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: str
-    commit: str
-    command: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    time: str
-    model: str
+    kind: str  #: what was measured, so that a reader knows the file.
+    commit: str  #: of the package, "+changes" if files differed.
+    command: str  #: how to run it again.
+    machine: dict[str, Any]  #: processor, cores, memory.
+    versions: dict[str, str]  #: of this package and what it stands on.
+    time: str  #: when the last entry was measured, UTC.
+    model: str  #: path's last part, Hugging Face id, or the name served.
 
     @classmethod
     def resume(cls: type[File], path: Path, **identity: Any) -> File:

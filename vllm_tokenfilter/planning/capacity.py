@@ -21,21 +21,13 @@ STEPS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as the KV cache sees it.
+    """A model as the KV cache sees it."""
 
-    Attributes:
-        layers: in order.
-        num_kv_heads: of the whole model.
-        head_size: elements of a key, and of a value.
-        element_bytes: of one element of the cache.
-        weight_bytes: of the whole model.
-    """
-
-    layers: tuple[LayerFacts, ...]
-    num_kv_heads: int
-    head_size: int
-    element_bytes: int
-    weight_bytes: int
+    layers: tuple[LayerFacts, ...]  #: in order.
+    num_kv_heads: int  #: of the whole model.
+    head_size: int  #: elements of a key, and of a value.
+    element_bytes: int  #: of one element of the cache.
+    weight_bytes: int  #: of the whole model.
 
     def layer_token_bytes(self, tensor_parallel: int) -> int:
         """Bytes one layer keeps of one token on one rank; heads are copied where there are more ranks than heads."""
@@ -44,23 +36,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one KV cache holds; on each rank alike.
+    """What one KV cache holds; on each rank alike."""
 
-    Attributes:
-        num_blocks: blocks of the pool.
-        blocks_per_request: blocks of one request of the longest length at its peak, over all groups.
-        max_concurrency: requests of the longest length that fit, as vLLM reports it at start.
-        cache_tokens: `max_concurrency` times the longest length, as vLLM reports it.
-        read_bytes: KV bytes, over all ranks, that one step of decoding reads for a request of the longest length.
-        bytes_per_token: `read_bytes` divided by that length.
-    """
-
-    num_blocks: int
-    blocks_per_request: int
-    max_concurrency: float
-    cache_tokens: int
-    read_bytes: int
-    bytes_per_token: float
+    num_blocks: int  #: blocks of the pool.
+    blocks_per_request: int  #: blocks of one request of the longest length at its peak, over all groups.
+    max_concurrency: float  #: requests of the longest length that fit, as vLLM reports it at start.
+    cache_tokens: int  #: `max_concurrency` times the longest length, as vLLM reports it.
+    read_bytes: int  #: KV bytes, over all ranks, that one step of decoding reads for a request of the longest length.
+    bytes_per_token: float  #: `read_bytes` divided by that length.
 
 
 @dataclass(frozen=True)

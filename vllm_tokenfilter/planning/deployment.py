@@ -14,33 +14,19 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is planned for; memory in GiB of one GPU.
+    """What is planned for; memory in GiB of one GPU."""
 
-    Attributes:
-        model: a config.json, a folder, or a Hugging Face id.
-        gpu_memory: of one GPU.
-        utilization: share of it that vLLM takes.
-        weights: of the whole model; None to find out.
-        overhead: what activations, CUDA graphs and libraries take.
-        cache: the KV cache itself, in place of all of the above; None to work it out.
-        context: the longest request, in tokens.
-        block_size: tokens of a block.
-        prefill_step: the most tokens of a request that one step computes.
-        tensor_parallel: GPUs that share the model.
-        dtype: of weights and cache.
-    """
-
-    model: str
-    gpu_memory: float | None
-    utilization: float
-    weights: float | None
-    overhead: float
-    cache: float | None
-    context: int
-    block_size: int
-    prefill_step: int
-    tensor_parallel: int
-    dtype: str
+    model: str  #: a config.json, a folder, or a Hugging Face id.
+    gpu_memory: float | None  #: of one GPU.
+    utilization: float  #: share of it that vLLM takes.
+    weights: float | None  #: of the whole model; None to find out.
+    overhead: float  #: what activations, CUDA graphs and libraries take.
+    cache: float | None  #: the KV cache itself, in place of all of the above; None to work it out.
+    context: int  #: the longest request, in tokens.
+    block_size: int  #: tokens of a block.
+    prefill_step: int  #: the most tokens of a request that one step computes.
+    tensor_parallel: int  #: GPUs that share the model.
+    dtype: str  #: of weights and cache.
 
 
 def predict(deployment: Deployment, configs: dict[str, FilterConfig]) -> dict[str, Any]:

@@ -9,22 +9,14 @@ from vllm_tokenfilter.tuning.tuner import Score
 
 
 class Tuning(ResultFile):
-    """A result file.
-
-    Attributes:
-        text: what prose was read.
-        parameters: ratio, length, trials and seed, as in `TuningRequest`.
-        seconds: what it took.
-        settings: every setting of the filter, as found.
-        scores: "dense", each layer alone, "tuned" and "uniform".
-    """
+    """A result file."""
 
     kind: Literal["tuning"] = "tuning"
-    text: str
-    parameters: dict[str, Any]
-    seconds: float
-    settings: dict[str, Any]
-    scores: list[Score]
+    text: str  #: what prose was read.
+    parameters: dict[str, Any]  #: ratio, length, trials and seed, as in `TuningRequest`.
+    seconds: float  #: what it took.
+    settings: dict[str, Any]  #: every setting of the filter, as found.
+    scores: list[Score]  #: "dense", each layer alone, "tuned" and "uniform".
 
     def settings_file(self) -> str:
         """The settings as YAML, with how they were found."""

@@ -19,33 +19,19 @@ from vllm_tokenfilter.tuning.tuner import Score, Tuner, load_model
 
 @dataclass(frozen=True)
 class TuningRequest:
-    """What is tuned, and how.
+    """What is tuned, and how."""
 
-    Attributes:
-        model: path or Hugging Face id; None for the embedded one.
-        ratio: mean pruning ratio over all layers, at least.
-        length: tokens of each text.
-        trials: questions per kind and depth.
-        seed: of the texts.
-        text: see `load_text`.
-        data_dir: see `load_text`.
-        device: of PyTorch; None: a GPU if there is one.
-        out: the YAML file.
-        json: the result file; None for none.
-        reuse: a result file whose layers are taken over; None to measure them.
-    """
-
-    model: str | None
-    ratio: float
-    length: int
-    trials: int
-    seed: int
-    text: str | None
-    data_dir: Path | None
-    device: str | None
-    out: Path
-    json: Path | None
-    reuse: Path | None
+    model: str | None  #: path or Hugging Face id; None for the embedded one.
+    ratio: float  #: mean pruning ratio over all layers, at least.
+    length: int  #: tokens of each text.
+    trials: int  #: questions per kind and depth.
+    seed: int  #: of the texts.
+    text: str | None  #: see `load_text`.
+    data_dir: Path | None  #: see `load_text`.
+    device: str | None  #: of PyTorch; None: a GPU if there is one.
+    out: Path  #: the YAML file.
+    json: Path | None  #: the result file; None for none.
+    reuse: Path | None  #: a result file whose layers are taken over; None to measure them.
 
     def check(self) -> None:
         """Refuse what is wrong before a model is read.

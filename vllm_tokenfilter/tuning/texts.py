@@ -17,17 +17,11 @@ _DEPTHS = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class TuningText:
-    """A text whose end is scored.
+    """A text whose end is scored."""
 
-    Attributes:
-        kind: of recall.KINDS, or "prose".
-        tokens: ids.
-        num_scored: tokens at the end that are predicted.
-    """
-
-    kind: str
-    tokens: list[int]
-    num_scored: int
+    kind: str  #: of recall.KINDS, or "prose".
+    tokens: list[int]  #: ids.
+    num_scored: int  #: tokens at the end that are predicted.
 
 
 def make_texts(tokenizer: Any, prose: list[int], length: int, trials: int, seed: int = SEED) -> list[TuningText]:

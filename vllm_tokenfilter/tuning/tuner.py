@@ -26,23 +26,14 @@ from vllm_tokenfilter.tuning.texts import TAIL, TuningText
 
 @dataclass(frozen=True)
 class Score:
-    """How one setting did.
+    """How one setting did."""
 
-    Attributes:
-        name: "dense", "layer 7", "tuned", "uniform".
-        ratios: of every layer.
-        chunk_size: tokens; the recent window is as long, but for "uniform" (64 and 64).
-        answer_logprob: mean per token of the answers, nats.
-        token_accuracy: share of the answers' tokens ranked first.
-        prose_nll: mean per token at the end of running text, nats.
-    """
-
-    name: str
-    ratios: list[float]
-    chunk_size: int
-    answer_logprob: float
-    token_accuracy: float
-    prose_nll: float
+    name: str  #: "dense", "layer 7", "tuned", "uniform".
+    ratios: list[float]  #: of every layer.
+    chunk_size: int  #: tokens; the recent window is as long, but for "uniform" (64 and 64).
+    answer_logprob: float  #: mean per token of the answers, nats.
+    token_accuracy: float  #: share of the answers' tokens ranked first.
+    prose_nll: float  #: mean per token at the end of running text, nats.
 
 
 class Tuner:

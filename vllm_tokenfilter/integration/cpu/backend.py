@@ -35,13 +35,10 @@ class TokenFilteringBackend(CPUAttentionBackend):
 
 
 class TokenFilteringImpl(PlanningImpl, CPUAttentionBackendImpl):
-    """The stock implementation; a layer may skip attention.
-
-    Attributes:
-        skips: index of the layer in the model if it skips attention, else None. Set by the metadata builder.
-    """
+    """The stock implementation; a layer may skip attention."""
 
     inner_name = CPUAttentionBackend.get_name()
+    #: Index of the layer in the model if it skips attention, else None. Set by the metadata builder.
     skips: int | None = None
 
     def forward(

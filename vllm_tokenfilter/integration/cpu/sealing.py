@@ -32,33 +32,23 @@ from vllm_tokenfilter.layout import Layout
 
 @dataclass(frozen=True)
 class SealedChunks:
-    """What a seal chose.
+    """What a seal chose."""
 
-    Attributes:
-        layer_indices: the filtered layers, in the order of `kept`.
-        kept: int32 [num_filtered_layers, num_due_chunks, kept_per_chunk], offsets inside the chunk that stay.
-    """
-
-    layer_indices: list[int]
+    layer_indices: list[int]  #: the filtered layers, in the order of `kept`.
+    #: int32 [num_filtered_layers, num_due_chunks, kept_per_chunk], offsets inside the chunk that stay.
     kept: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class FilteredCache:
-    """The filtered layers' cache and the scores kept between seals.
+    """The filtered layers' cache and the scores kept between seals."""
 
-    Attributes:
-        layer_indices: the filtered layers, in order.
-        paged: where their elements lie.
-        saved_redundancy: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for
-            the pool, memory only where a chunk waits to be sealed.
-        total_kv_heads: KV heads of the model, over all tensor-parallel ranks.
-    """
-
-    layer_indices: list[int]
-    paged: PagedCache
+    layer_indices: list[int]  #: the filtered layers, in order.
+    paged: PagedCache  #: where their elements lie.
+    #: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for the pool, memory only
+    #: where a chunk waits to be sealed.
     saved_redundancy: NDArray[np.float32]
-    total_kv_heads: int
+    total_kv_heads: int  #: KV heads of the model, over all tensor-parallel ranks.
 
     @classmethod
     def over(cls, layers: Mapping[int, Attention], isa: str, total_kv_heads: int) -> "FilteredCache":

@@ -76,23 +76,15 @@ class SkippingLayers:
 
 @dataclass
 class CpuSkipStep:
-    """One step of the layers of one layout.
+    """One step of the layers of one layout."""
 
-    Attributes:
-        layers: the layers.
-        state: the same for the kernels.
-        read_lens: `state.read_lens` as vLLM's kernel takes them.
-        warm: tokens of the step behind the warm-up.
-        metadata_for: stock metadata of the step with other `seq_lens`; may be the same object in every layer.
-        counters: of the group.
-    """
-
-    layers: SkippingLayers
-    state: skip.SkipState
-    read_lens: torch.Tensor
-    warm: int
+    layers: SkippingLayers  #: the layers.
+    state: skip.SkipState  #: the same for the kernels.
+    read_lens: torch.Tensor  #: `state.read_lens` as vLLM's kernel takes them.
+    warm: int  #: tokens of the step behind the warm-up.
+    #: Stock metadata of the step with other `seq_lens`; may be the same object in every layer.
     metadata_for: Callable[[torch.Tensor], Any]
-    counters: StepCounters
+    counters: StepCounters  #: of the group.
 
     @classmethod
     def of(

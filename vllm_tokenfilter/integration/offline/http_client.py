@@ -20,17 +20,11 @@ _TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True)
 class Timing:
-    """One request; seconds.
+    """One request; seconds."""
 
-    Attributes:
-        first_token: from sending to the first token.
-        between: from each token to the next.
-        output_tokens: tokens received.
-    """
-
-    first_token: float
-    between: list[float]
-    output_tokens: int
+    first_token: float  #: from sending to the first token.
+    between: list[float]  #: from each token to the next.
+    output_tokens: int  #: tokens received.
 
 
 def complete_together(

@@ -28,12 +28,9 @@ from vllm_tokenfilter.layout import Layout
 
 
 class OfflineBuilder(TokenFilteringMetadataBuilder):
-    """Makes the metadata of the layers of one layout, beside those of others in the same KV-cache group.
+    """Makes the metadata of the layers of one layout, beside those of others in the same KV-cache group."""
 
-    Attributes:
-        observer: called with what every seal chose; None if nobody watches.
-    """
-
+    #: Called with what every seal chose; None if nobody watches.
     observer: Callable[[SealedChunks], None] | None = None
     in_totals = False
 

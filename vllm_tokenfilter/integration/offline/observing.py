@@ -21,16 +21,12 @@ from vllm_tokenfilter.integration.offline.scoring import Consumer, ScoringEngine
 
 @dataclass
 class Observation:
-    """One sequence as a filtered engine saw it.
+    """One sequence as a filtered engine saw it."""
 
-    Attributes:
-        keys: layer index -> float32 [num_kv_heads, num_tokens, head_size], as cached (after RoPE).
-        values: layer index -> float32, same shape.
-        kept: layer index -> bool [num_sealed_tokens], for filtered layers: which positions stayed.
-    """
-
+    #: Layer index -> float32 [num_kv_heads, num_tokens, head_size], as cached (after RoPE).
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)  #: layer index -> float32, same shape.
+    #: Layer index -> bool [num_sealed_tokens], for filtered layers: which positions stayed.
     kept: dict[int, NDArray[np.bool_]] = field(default_factory=dict)
 
 

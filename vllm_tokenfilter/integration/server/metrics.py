@@ -27,21 +27,13 @@ LOOKS_FAILED = "tokenfilter_looks_failed_total"
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: as it is exposed, prefix and suffix included.
-        unit: what is counted.
-        help: one sentence.
-        read: the samples in a merged status.
-        labels: names of the labels.
-    """
-
-    name: str
-    unit: str
-    help: str
-    read: Callable[[Status], Samples]
-    labels: tuple[str, ...] = ()
+    name: str  #: as it is exposed, prefix and suffix included.
+    unit: str  #: what is counted.
+    help: str  #: one sentence.
+    read: Callable[[Status], Samples]  #: the samples in a merged status.
+    labels: tuple[str, ...] = ()  #: names of the labels.
 
     @property
     def kind(self) -> Literal["counter", "gauge"]:

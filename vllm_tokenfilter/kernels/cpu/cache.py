@@ -22,32 +22,21 @@ class PagedCache:
 
     Element d of token i (inside its block), KV head h, block b, layer l is, for keys, at
     `layer_starts[l] + b * block_stride + h * head_stride + key_tokens[i] + key_dims[d]`; for values likewise.
-
-    Attributes:
-        elements: the storage of all layers as raw bits, uint16 or uint32 [num_elements]; written in place.
-        encoding: FLOAT32, BFLOAT16 or TABLE16.
-        widen_table: float32 [65536] for TABLE16, else [1].
-        layer_starts: int64 [num_layers].
-        block_stride: elements from one block to the next.
-        head_stride: elements from one KV head to the next inside a block.
-        num_kv_heads: KV heads of this rank.
-        num_blocks: blocks of the pool.
-        key_tokens: int64 [block_size]; key_dims: int64 [head_size].
-        value_tokens: int64 [block_size]; value_dims: int64 [head_size].
     """
 
+    #: The storage of all layers as raw bits, uint16 or uint32 [num_elements]; written in place.
     elements: NDArray[np.unsignedinteger]
-    encoding: int
-    widen_table: NDArray[np.float32]
-    layer_starts: NDArray[np.int64]
-    block_stride: int
-    head_stride: int
-    num_kv_heads: int
-    num_blocks: int
-    key_tokens: NDArray[np.int64]
-    key_dims: NDArray[np.int64]
-    value_tokens: NDArray[np.int64]
-    value_dims: NDArray[np.int64]
+    encoding: int  #: FLOAT32, BFLOAT16 or TABLE16.
+    widen_table: NDArray[np.float32]  #: float32 [65536] for TABLE16, else [1].
+    layer_starts: NDArray[np.int64]  #: int64 [num_layers].
+    block_stride: int  #: elements from one block to the next.
+    head_stride: int  #: elements from one KV head to the next inside a block.
+    num_kv_heads: int  #: KV heads of this rank.
+    num_blocks: int  #: blocks of the pool.
+    key_tokens: NDArray[np.int64]  #: int64 [block_size].
+    key_dims: NDArray[np.int64]  #: int64 [head_size].
+    value_tokens: NDArray[np.int64]  #: int64 [block_size].
+    value_dims: NDArray[np.int64]  #: int64 [head_size].
 
     @property
     def block_size(self) -> int:

@@ -27,17 +27,11 @@ WHOLE, SCORE, SEAL = range(3)
 
 @dataclass(frozen=True)
 class DueSeals:
-    """A plan with copies of what it needs of the step, which the next step overwrites; one entry per due row.
+    """A plan with copies of what it needs of the step, which the next step overwrites; one entry per due row."""
 
-    Attributes:
-        plan: which chunks.
-        block_tables: int32 [num_due_rows, num_blocks], the rows' blocks in order.
-        shared_chunks: int64 [num_due_rows], chunks that came sealed from the prefix cache.
-    """
-
-    plan: DuePlan
-    block_tables: NDArray[np.int32]
-    shared_chunks: NDArray[np.int64]
+    plan: DuePlan  #: which chunks.
+    block_tables: NDArray[np.int32]  #: int32 [num_due_rows, num_blocks], the rows' blocks in order.
+    shared_chunks: NDArray[np.int64]  #: int64 [num_due_rows], chunks that came sealed from the prefix cache.
 
     @classmethod
     def snapshot(cls, plan: DuePlan, block_tables: NDArray[np.int32], shared_chunks: NDArray[np.int64]) -> "DueSeals":

@@ -20,21 +20,13 @@ from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 
 @dataclass(frozen=True)
 class SkipRows:
-    """A step's rows.
+    """A step's rows."""
 
-    Attributes:
-        block_tables: int32 [num_rows, max_blocks], the rows' blocks in order.
-        starts: int64 [num_rows + 1], first token of each row in the step, and the number of tokens.
-        slots: int64 [num_rows], slot of the row's first new token.
-        raw: int64 [num_rows], slot from which on the row's tokens are raw.
-        positions: int64 [num_rows], position of the row's first new token.
-    """
-
-    block_tables: NDArray[np.int32]
-    starts: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    raw: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    block_tables: NDArray[np.int32]  #: int32 [num_rows, max_blocks], the rows' blocks in order.
+    starts: NDArray[np.int64]  #: int64 [num_rows + 1], first token of each row in the step, and the number of tokens.
+    slots: NDArray[np.int64]  #: int64 [num_rows], slot of the row's first new token.
+    raw: NDArray[np.int64]  #: int64 [num_rows], slot from which on the row's tokens are raw.
+    positions: NDArray[np.int64]  #: int64 [num_rows], position of the row's first new token.
 
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
