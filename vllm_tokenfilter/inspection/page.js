@@ -5,28 +5,27 @@ const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const states = bytes(data.states);
 const similar = { key: new Int8Array(bytes(data.key).buffer), value: new Int8Array(bytes(data.value).buffer) };
 const count = data.tokens, rows = data.layers.length, filtered = data.filtered;
-const text = document.getElementById("text"), told = document.getElementById("told");
-const choice = document.getElementById("layer"), spans = [...text.children];
-const map = document.getElementById("map"), lines = document.getElementById("lines"), cost = document.getElementById("cost");
+const ids = ["text", "told", "layer", "map", "lines", "cost"];
+const [text, told, choice, map, lines, cost] = ids.map((id) => document.getElementById(id));
+const spans = [...text.children];
 let cursor = 0;
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const row = () => (choice.value === "all" ? -1 : Number(choice.value));
 const percent = (x) => (100 * x).toFixed(x < 0.1 ? 2 : 1) + " %";
 
-function similarity(of, token) {
-  const values = similar[of];
-  if (row() >= 0) return values[row() * count + token] / 127;
+function overLayers(value) {
   let sum = 0;
-  for (let i = 0; i < rows; i++) sum += values[i * count + token];
-  return sum / rows / 127;
-}
-
-function prunedIn(token) {
-  let sum = 0;
-  for (let i = 0; i < rows; i++) sum += states[i * count + token] === 0;
+  for (let i = 0; i < rows; i++) sum += value(i);
   return sum;
 }
+
+function similarity(of, token) {
+  const at = (i) => similar[of][i * count + token] / 127;
+  return row() >= 0 ? at(row()) : overLayers(at) / rows;
+}
+
+const prunedIn = (token) => overLayers((i) => states[i * count + token] === 0);
 
 function shade() {
   spans.forEach((span, token) => {
@@ -45,7 +44,7 @@ function canvas(element, height) {
   element.style.height = height + "px";
   const pen = element.getContext("2d");
   pen.scale(scale, scale);
-  pen.font = "12px system-ui, sans-serif";
+  Object.assign(pen, { font: "12px system-ui, sans-serif", textAlign: "right", textBaseline: "middle" });
   return [pen, width];
 }
 
@@ -53,12 +52,8 @@ const LEFT = 44;
 const across = (token, width) => LEFT + ((token + 0.5) / count) * (width - LEFT);
 
 function marker(pen, width, height) {
-  pen.strokeStyle = colour("--key");
-  pen.lineWidth = 1.5;
-  pen.beginPath();
-  pen.moveTo(across(cursor, width), 0);
-  pen.lineTo(across(cursor, width), height);
-  pen.stroke();
+  pen.fillStyle = colour("--key");
+  pen.fillRect(across(cursor, width) - 0.75, 0, 1.5, height);
 }
 
 function drawMap() {
@@ -79,8 +74,6 @@ function drawMap() {
   pen.imageSmoothingQuality = "high";
   pen.drawImage(small, LEFT, 0, width - LEFT, height);
   pen.fillStyle = colour("--faint");
-  pen.textAlign = "right";
-  pen.textBaseline = "middle";
   const every = Math.ceil(rows / 12);
   for (let i = 0; i < rows; i += every) pen.fillText(data.layers[i], LEFT - 6, Math.max(((i + 0.5) / rows) * height, 7));
   if (row() >= 0) {
@@ -110,17 +103,12 @@ function curve(pen, width, height, low, high, at, name, dash) {
 }
 
 function scale(pen, width, height, low, high) {
-  pen.fillStyle = colour("--faint");
-  pen.strokeStyle = colour("--line");
-  pen.textAlign = "right";
-  pen.textBaseline = "middle";
   for (const value of [low, (low + high) / 2, high]) {
     const y = height - ((value - low) / (high - low)) * height;
+    pen.fillStyle = colour("--faint");
     pen.fillText(value.toFixed(2), LEFT - 6, Math.min(Math.max(y, 8), height - 8));
-    pen.beginPath();
-    pen.moveTo(LEFT, y);
-    pen.lineTo(width, y);
-    pen.stroke();
+    pen.fillStyle = colour("--line");
+    pen.fillRect(LEFT, y - 0.5, width - LEFT, 1);
   }
 }
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -30,25 +31,18 @@ def write_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any], p
 
 def render_page(seen: Inspection, config: FilterConfig, origin: dict[str, Any]) -> str:
     """The page as text; the same inspection gives the same bytes."""
-    title = f"Token Filtering: {origin['source']}, {origin['model']}, ratio {config.pruning_ratio:g}"
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{html.escape(title)}</title><style>{_resource('page.css')}</style></head><body><main>",
-            f"<h1>{html.escape(title)}</h1>",
-            _summary(seen, config),
-            _controls(seen),
-            _text(seen),
-            _maps(),
-            "<h2>Tables</h2>",
-            _layer_table(seen),
-            _loss_table(seen),
-            f"<p><small>{html.escape(_origin(origin, config))}</small></p>",
-            "</main>",
-            f'<script type="application/json" id="data">{_data(seen, config)}</script>',
-            f"<script>{_resource('page.js')}</script></body></html>\n",
-        ]
+    return Template(_resource("page.html")).substitute(
+        title=html.escape(f"Token Filtering: {origin['source']}, {origin['model']}, ratio {config.pruning_ratio:g}"),
+        style=_resource("page.css"),
+        figures=_figures(seen),
+        notes=_notes(seen, config),
+        layers="".join(f'<option value="{row}">layer {layer}</option>' for row, layer in enumerate(seen.layers)),
+        text=_text(seen),
+        layer_table=_layer_table(seen),
+        loss_table=_loss_table(seen),
+        origin=html.escape(_origin(origin, config)),
+        data=_data(seen, config),
+        script=_resource("page.js"),
     )
 
 
@@ -72,8 +66,8 @@ def _perplexity(probability: "np.typing.NDArray[np.float64]") -> float:
     return math.exp(-float(np.log(np.maximum(probability, 1e-300)).mean()))
 
 
-def _summary(seen: Inspection, config: FilterConfig) -> str:
-    found, dense = figures(seen), "; ".join(f"{len(ids)} {reason}" for reason, ids in seen.dense_layers.items())
+def _figures(seen: Inspection) -> str:
+    found = figures(seen)
     shown = {
         "tokens": f"{found['tokens']:.0f}",
         "of them in sealed chunks": f"{found['sealed']:.0f}",
@@ -84,25 +78,18 @@ def _summary(seen: Inspection, config: FilterConfig) -> str:
         "same most likely next token": f"{found['same_choice']:.1%}",
         "divergence from dense": f"{found['kl']:.3f} nats",
     }
-    items = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{value}</dd></div>" for name, value in shown.items())
-    notes = []
+    return "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items())
+
+
+def _notes(seen: Inspection, config: FilterConfig) -> str:
+    notes, first = [], config.layout.first_seal
     if seen.text.num_cut:
         notes.append(f"The last {seen.text.num_cut} tokens of the text were left out (--limit).")
-    if dense:
+    if dense := "; ".join(f"{len(ids)} {reason}" for reason, ids in seen.dense_layers.items()):
         notes.append(f"Layers that keep every token: {html.escape(dense)}.")
-    if not found["sealed"]:
-        notes.append(
-            f"Nothing was sealed: a chunk is due from {config.layout.first_seal} tokens on, so this text is read dense."
-        )
-    return f'<dl class="figures">{items}</dl>' + "".join(f"<p>{note}</p>" for note in notes)
-
-
-def _controls(seen: Inspection) -> str:
-    options = "".join(f'<option value="{row}">layer {layer}</option>' for row, layer in enumerate(seen.layers))
-    return (
-        '<div class="bar"><label>Show <select id="layer"><option value="all">all layers</option>'
-        f'{options}</select></label><output id="told" aria-live="polite" for="layer"></output></div>'
-    )
+    if (seen.states == RAW).all():
+        notes.append(f"Nothing was sealed: a chunk is due from {first} tokens on, so this text is read dense.")
+    return "".join(f"<p>{note}</p>" for note in notes)
 
 
 def _text(seen: Inspection) -> str:
@@ -115,63 +102,17 @@ def _text(seen: Inspection) -> str:
         style = f' style="--p:{pruned[index] / most:.3f}"' if pruned[index] else ""
         kind = ' class="r"' if whole[index] else ""
         spans.append(f'<span role="option" id="t{index}"{kind}{style}>{shown}</span>')
-    return (
-        '<h2 id="text-head">The text</h2><p class="note">The stronger the shade, the more layers dropped the token; '
-        "underlined: at least half of them, doubly: three quarters. Grey: whole in every layer (the recent window and "
-        "what is not sealed yet). Arrow keys move token by token, up and down by 16, page keys by a chunk.</p>"
-        '<div id="text" tabindex="0" role="listbox" aria-labelledby="text-head" aria-activedescendant="t0">'
-        + "".join(spans)
-        + "</div>"
-    )
-
-
-def _maps() -> str:
-    def figure(name: str, title: str, table: str, legend: str, note: str) -> str:
-        return (
-            f'<h2 id="{name}-head">{title}</h2><p class="note" id="{name}-note">{note}</p>'
-            f'<div class="legend">{legend}</div><canvas id="{name}" tabindex="0" role="img" '
-            f'aria-labelledby="{name}-head" aria-describedby="{name}-note" aria-details="{table}"></canvas>'
-        )
-
-    def sample(name: str, colour: str) -> str:
-        return f'<span><i style="background:{colour}"></i>{name}</span>'
-
-    return (
-        figure(
-            "map",
-            "Layers and positions",
-            "layers-table",
-            sample("pruned", "rgb(var(--heat))") + sample("kept", "var(--paper)") + sample("whole", "var(--raw)"),
-            "A row is a layer, a column a token. The keys of the text move the cursor here too, and so does a click; "
-            "with Shift it chooses the layer as well.",
-        )
-        + figure(
-            "lines",
-            "Similarity to the running anchor",
-            "layers-table",
-            sample("key", "var(--key)") + sample("value (dashed)", "var(--value)"),
-            "Cosine of a token's key and value to the decayed mean of those before it, mean over heads and the layers "
-            "shown. A token that is similar in both is redundant.",
-        )
-        + figure(
-            "cost",
-            "Probability of the next token: filtered minus dense",
-            "loss-table",
-            sample("less likely, filtered (below)", "var(--cost)") + sample("more likely (above)", "var(--gain)"),
-            "At each position, how the probability of the token that really follows changes.",
-        )
-    )
+    return "".join(spans)
 
 
 def _layer_table(seen: Inspection) -> str:
     dense = {index: reason for reason, indices in seen.dense_layers.items() for index in indices}
     rows = []
-    for row, layer in enumerate(seen.layers):
-        pruned = int((seen.states[row] == PRUNED).sum())
-        shown = dense.get(layer, f"{pruned}")
-        rows.append(
-            [str(layer), shown, f"{seen.key_similarity[row].mean():.3f}", f"{seen.value_similarity[row].mean():.3f}"]
-        )
+    for layer, states, *similarity in zip(
+        seen.layers, seen.states, seen.key_similarity, seen.value_similarity, strict=True
+    ):
+        pruned = dense.get(layer, str((states == PRUNED).sum()))
+        rows.append([str(layer), pruned, *(f"{of.mean():.3f}" for of in similarity)])
     head = ["layer", "tokens pruned", "mean key similarity", "mean value similarity"]
     return _table("layers-table", "By layer", head, rows)
 
