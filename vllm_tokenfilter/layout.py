@@ -89,6 +89,19 @@ def peak_slots(num_tokens: int, max_step_tokens: int, layout: Layout) -> int:
     return highest + min(num_tokens, max_step_tokens)
 
 
+def next_stop(num_computed: int, num_prompt: int, grid: int, layout: Layout) -> int:
+    """Where a request's next step ends, whatever else is served; more than `num_computed`.
+
+    At the prompt's end, or behind it where the next chunk is due: tokens that are computed again then see what they saw
+    when they were decoded. Also at each multiple of `grid` tokens, unless that is 0.
+    """
+    end = num_prompt
+    if num_computed >= num_prompt:
+        due = num_computed + layout.chunk_size - (num_computed - layout.recent_window) % layout.chunk_size
+        end = max(layout.first_seal, due)
+    return min(end, (num_computed // grid + 1) * grid) if grid else end
+
+
 def shares_prefixes(layout: Layout, block_size: int) -> bool:
     """Whether a chunk, and the tokens it keeps, fill whole blocks: then sealed blocks can be shared by prefix."""
     whole = layout.kept_per_chunk % block_size == 0 and layout.chunk_size % block_size == 0

@@ -353,3 +353,26 @@ def test_hidden_states_of_a_step_can_be_taken_where_prompt_logprobs_are_made():
     schedule = inspect.getsource(Scheduler.schedule)
     assert "self.scheduler_config.long_prefill_token_threshold" in schedule, ours
     assert "= self.max_num_scheduled_tokens" in schedule, ours
+
+
+def test_a_requests_step_is_cut_where_vllm_cuts_those_of_hybrid_models():
+    from vllm.config import SchedulerConfig
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    ours = "integration/scheduler.py cuts the steps of a request"
+    assert parameters(Scheduler._mamba_block_aligned_split) == [
+        "self",
+        "request",
+        "num_new_tokens",
+        "num_new_local_computed_tokens",
+        "num_external_computed_tokens",
+    ], ours
+    # Of a running request and of one that waits: before it gets blocks, and 0 tokens let it wait.
+    running, waiting = inspect.getsource(Scheduler.schedule).split("if self.need_mamba_block_aligned_split:")[1:]
+    for cut in (running, waiting):
+        assert cut.lstrip().startswith("num_new_tokens = self._mamba_block_aligned_split("), ours
+        assert cut.index("if num_new_tokens == 0:") < cut.index("self.kv_cache_manager.allocate_slots("), ours
+    assert "self.scheduler_cls" in inspect.getsource(SchedulerConfig.get_scheduler_cls), ours
+    assert parameters(EngineArgs.create_engine_config)[1] == "usage_context", "integration/workarounds.py reads it"
+    assert list(EngineArgs.get_batch_defaults(1)[1].values()) == [256, 128], "a request's part of a step beside others"
+    assert SchedulerConfig.DEFAULT_MAX_NUM_SEQS, "integration/workarounds.py takes it where there is no usage context"

@@ -150,6 +150,7 @@ def test_a_compiled_engine_filters(generate):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
             "speculative",
         ),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls=vllm.v1.core.sched"),
     ],
 )
 def test_what_cannot_hold_is_refused_in_a_sentence_before_weights_load(model_path, arguments, sentence):
@@ -165,9 +166,13 @@ def test_what_cannot_hold_is_refused_in_a_sentence_before_weights_load(model_pat
 @pytest.mark.parametrize(
     "arguments, budget, longest",
     [
-        ({}, 512, 512),
-        ({"max_model_len": 256}, 512, 256),
-        ({"max_model_len": 256, "max_num_seqs": 1024}, 1024, 256),
+        ({}, 512 + 128, 512),
+        ({"max_model_len": 256}, 512 + 128, 256),
+        ({"max_num_seqs": 1024}, 512 + 1024, 512),
+        ({"performance_mode": "throughput"}, 512 + 256, 512),
+        ({"max_num_batched_tokens": 512}, 512, 384),
+        ({"max_num_batched_tokens": 128}, 128, 64),
+        ({"max_num_batched_tokens": 32, "max_num_seqs": 8}, 32, 32),
         ({"max_num_batched_tokens": 8192}, 8192, 512),
         ({"max_num_batched_tokens": 8192, "long_prefill_token_threshold": 2048}, 8192, 2048),
         ({"enable_chunked_prefill": False}, 8192, 0),
@@ -179,3 +184,4 @@ def test_steps_are_short_unless_the_user_sets_them(model_path, arguments, budget
     ours = {"attention_backend": "TOKEN_FILTERING", "additional_config": HALF}
     scheduler = EngineArgs(model=model_path, **ours, **arguments).create_engine_config().scheduler_config
     assert (scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold) == (budget, longest)
+    assert scheduler.get_scheduler_cls().__name__ == "GridScheduler"

@@ -1,5 +1,7 @@
 """The layout arithmetic against a list that is really packed, for all valid settings."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_tokenfilter.layout import (
     Layout,
+    next_stop,
     peak_slots,
     removed_tokens,
     sealed_chunks,
@@ -87,6 +90,20 @@ def test_chunks_taken_over_sealed_count_until_the_own_ones_catch_up(layout, shar
     assert sealed == max(shared, sealed_chunks(length, layout))
     assert stored_tokens(length, layout, shared) == length - sealed * layout.removed_per_chunk
     assert stored_tokens(length, layout, shared) <= stored_tokens(length, layout)
+
+
+@given(layouts(), st.integers(1, 900), st.integers(0, 900), st.integers(0, 600))
+def test_steps_end_on_the_grid_at_the_prompts_end_and_where_chunks_are_due(layout, prompt, output, grid):
+    starts, length = [], 0
+    while length < prompt + output:
+        starts.append(length)
+        length = next_stop(length, prompt, grid, layout)
+        assert starts[-1] < length <= starts[-1] + (grid or 10_000)
+    assert [start for start in starts if start < prompt] == [*range(0, prompt, grid or prompt)]
+    assert output == 0 or prompt in starts
+    for start, end in itertools.pairwise(starts):
+        if start >= prompt:
+            assert sealed_chunks(start, layout) == sealed_chunks(end - 1, layout)
 
 
 @given(layouts(), st.lists(st.integers(0, 5000), min_size=1))

@@ -55,13 +55,9 @@ def num_layers(vllm_config: VllmConfig) -> int:
 
 
 def longest_step(vllm_config: VllmConfig) -> int:
-    """The most tokens of one request that one step computes.
-
-    `long_prefill_token_threshold` is no bound: vLLM lifts it for a request that is alone, which must fit too.
-
-    Source: vllm/v1/core/sched/scheduler.py (`schedule`).
-    """
-    return min(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len)
+    """The most tokens of one request that one step computes; see `scheduler.py`."""
+    scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
+    return min(scheduler.long_prefill_token_threshold or longest, scheduler.max_num_batched_tokens, longest)
 
 
 @functools.cache

@@ -22,6 +22,8 @@ from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
 SUPPORTED_VLLM = (0, 32)
+#: Our schedulers' module; see `scheduler.py` there.
+SCHEDULERS = "vllm_tokenfilter.integration.scheduler."
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,16 @@ REFUSALS = (
         "attends to later tokens",
         "leave it off",
         lambda vllm_config, config: vllm_config.attention_config.use_non_causal,
+    ),
+    Refusal(
+        "scheduler_cls",
+        "cuts prompts by what else is served, and filtered answers depend on where they are cut",
+        "leave it out",
+        lambda vllm_config, config: (
+            config.pruning_ratio > 0
+            and not str(chosen := vllm_config.scheduler_config.scheduler_cls or SCHEDULERS).startswith(SCHEDULERS)
+            and chosen
+        ),
     ),
     Refusal(
         "speculative_config",

@@ -11,11 +11,12 @@ import os
 import sys
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import SchedulerConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, understood
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
@@ -54,7 +55,7 @@ def check_engine_configs() -> None:
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
         if not _select(self):
             return original(self, *args, **kwargs)
-        _prepare(self)
+        _prepare(self, kwargs.get("usage_context", args[0] if args else None))
         extend_engine_core()
         refuse_opting_out()
         fail_with_the_engine()
@@ -62,7 +63,7 @@ def check_engine_configs() -> None:
         vllm_config = original(self, *args, **kwargs)
         config = refusals.require_supported(vllm_config)
         if config.pruning_ratio > 0:
-            _limit_steps_of_a_request(vllm_config)
+            _cut_on_a_grid(vllm_config, config)
         return vllm_config
 
     setattr(create_engine_config, _MARK, True)
@@ -243,13 +244,13 @@ def _select(args: EngineArgs) -> bool:
     return True
 
 
-def _prepare(args: EngineArgs) -> None:
+def _prepare(args: EngineArgs, usage: UsageContext | None) -> None:
     config = FilterConfig.within(args.additional_config)
     if (version := refusals.vllm_version()) is not None:
         raise UnsupportedError([refusals.VERSION.sentence(version)])
     if config.pruning_ratio > 0:
         _choose_blocks(args, config)
-        _limit_steps(args)
+        _limit_steps(args, usage)
     if not args.worker_extension_cls:
         args.worker_extension_cls = WORKER_EXTENSION
     elif args.worker_extension_cls != WORKER_EXTENSION:
@@ -310,19 +311,32 @@ def _nearest_fit(config: FilterConfig, block_size: int) -> str:
     return "another pruning_ratio, such as 0.5, allows it"
 
 
-def _limit_steps(args: EngineArgs) -> None:
+def _limit_steps(args: EngineArgs, usage: UsageContext | None) -> None:
     """Short steps, unless the user set them: a step writes its tokens raw before they can be filtered.
 
-    One budget for the whole step keeps prompts in the order they came: a limit per request alone would prefill several
-    side by side, and all of them would wait for their first token as long as the last.
+    There is room for one part of a prompt, and for all others to decode beside it: this keeps prompts in the order they
+    came. Several side by side would all wait for their first token as long as the last.
     """
     chosen = args.max_num_batched_tokens is not None or args.long_prefill_token_threshold
     if not chosen and args.enable_chunked_prefill is not False:
-        args.max_num_batched_tokens = max(PREFILL_STEP_TOKENS, args.max_num_seqs or 0)
+        ranks = args.pipeline_parallel_size * args.tensor_parallel_size
+        requests = args.get_batch_defaults(ranks)[1].get(usage, SchedulerConfig.DEFAULT_MAX_NUM_SEQS)
+        requests *= 2 if args.performance_mode == "throughput" else 1
+        args.max_num_batched_tokens = PREFILL_STEP_TOKENS + (args.max_num_seqs or requests)
 
 
-def _limit_steps_of_a_request(vllm_config: VllmConfig) -> None:
-    """The same for one request, where a step as a whole may be longer; vLLM takes no limit above `max_model_len`."""
-    scheduler = vllm_config.scheduler_config
-    if scheduler.enable_chunked_prefill and not scheduler.long_prefill_token_threshold:
-        scheduler.long_prefill_token_threshold = min(PREFILL_STEP_TOKENS, vllm_config.model_config.max_model_len)
+def _cut_on_a_grid(vllm_config: VllmConfig, config: FilterConfig) -> None:
+    """Have prompts cut by `scheduler.py`, on the grid that the user set or ours, where it fits into a step.
+
+    It fits if all other requests can decode in the same step; a prompt would wait for them otherwise.
+    """
+    scheduler, chunk = vllm_config.scheduler_config, config.chunk_size
+    if scheduler.enable_chunked_prefill:
+        grid = scheduler.long_prefill_token_threshold or PREFILL_STEP_TOKENS
+        budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+        room = budget - scheduler.max_num_seqs + 1
+        grid = grid if grid <= room else max(room // chunk * chunk, min(chunk, budget))
+        # vLLM takes none above `max_model_len`.
+        scheduler.long_prefill_token_threshold = min(grid, vllm_config.model_config.max_model_len)
+    name = "AsyncGridScheduler" if scheduler.async_scheduling else "GridScheduler"
+    scheduler.scheduler_cls = refusals.SCHEDULERS + name
