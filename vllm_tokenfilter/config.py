@@ -207,10 +207,10 @@ class FilterConfig(BaseModel):
             ConfigError: see `parse`, and settings of ours must not stand beside our key.
         """
         if isinstance(additional_config, str):
-            raise ConfigError([f"additional_config={additional_config} must be a mapping; write it as a JSON object."])
+            raise ConfigError(f"additional_config={additional_config} must be a mapping; write it as a JSON object.")
         found = understood(additional_config) if isinstance(additional_config, Mapping) else {}
         if beside := [key for key in found if str(key).replace("-", "_") in cls.model_fields]:
-            raise ConfigError([f"additional_config.{beside[0]} has no effect there; write it under {CONFIG_KEY}."])
+            raise ConfigError(f"additional_config.{beside[0]} has no effect there; write it under {CONFIG_KEY}.")
         return cls.parse(found.get(CONFIG_KEY))
 
     @classmethod
@@ -252,7 +252,7 @@ def understood(additional_config: Mapping[Any, Any]) -> dict[Any, Any]:
                 FilterConfig.parse(value)
             found[name] = merged(found.get(name, {}), _underscored(value or {}))
         elif difflib.get_close_matches(name.lower(), [CONFIG_KEY], cutoff=0.7):
-            raise ConfigError([f"additional_config.{key} is not a key of this plugin; did you mean {CONFIG_KEY}?"])
+            raise ConfigError(f"additional_config.{key} is not a key of this plugin; did you mean {CONFIG_KEY}?")
         else:
             found[key] = value
     return found

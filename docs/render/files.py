@@ -4,7 +4,7 @@ import ast
 import re
 from pathlib import Path
 
-_SOURCES = (".py", ".c", ".h", ".js", ".css")
+_SOURCES = (".py", ".c", ".h", ".js", ".css", ".html")
 
 
 def files_block(root: Path) -> str:
@@ -35,8 +35,10 @@ def first_sentence(path: Path) -> str:
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(source)) or ""
     else:
-        comment = re.match(r'(?:"use strict";\s*)?(?:/\*(.*?)\*/|// (.*?)\n)', source, re.DOTALL)
-        text = (comment[1] or comment[2]) if comment else ""
+        comment = re.match(
+            r'(?:"use strict";\s*|<!doctype html>\s*)?(?:/\*(.*?)\*/|// (.*?)\n|<!--(.*?)-->)', source, re.DOTALL
+        )
+        text = (comment[1] or comment[2] or comment[3]) if comment else ""
     words = " ".join(text.split("\n\n")[0].replace("\n * ", " ").split())
     if not words:
         raise ValueError(f"{path} does not begin with a docstring or comment that says what it is")

@@ -34,5 +34,5 @@ def run(flags: list[str], config_files: list[str], pruning_ratio: float | None) 
         configure_logging_from_args(parsed)
         command.validate(parsed)
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError([f"vLLM refuses the flags: {error}"]) from error
+        raise ConfigError(f"vLLM refuses the flags: {error}") from error
     command.cmd(parsed)

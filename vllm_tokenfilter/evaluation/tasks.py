@@ -27,16 +27,14 @@ PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_chal
 
 _QUESTION = {"doc_to_text": "{{query.strip()}}\nAnswer:", "doc_to_choice": "choices", "doc_to_target": "gold"}
 _CONTINUED = {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "gold"}
+_CONTEXTS = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
 
 #: Task -> its file in --data-dir, and the same prompt lm-eval makes from the hub's columns.
 LOCAL_TASKS: dict[str, tuple[str, dict[str, str]]] = {
     "boolq": ("boolq.jsonl", _QUESTION),
     "piqa": ("piqa.jsonl", _QUESTION),
     "hellaswag": ("hellaswag_val.txt.bz2", _CONTINUED),
-    "winogrande": (
-        "winogrande.jsonl",
-        {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"},
-    ),
+    "winogrande": ("winogrande.jsonl", _CONTEXTS),
     "arc_easy": ("arc_easy.jsonl", _QUESTION),
     "arc_challenge": ("arc_challenge.jsonl", _QUESTION),
     "openbookqa": ("openbook_qa.jsonl", _CONTINUED),

@@ -26,9 +26,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         settings = json.loads(json.dumps(settings, default=str))  # dates as vLLM gets them, keys as words
     except Exception as error:  # PyYAML lets through whatever the making of a value raises
         reason = " ".join(str(error).split())
-        raise ConfigError([f"config={path} cannot be read ({reason}); pass a YAML file in UTF-8."]) from None
+        raise ConfigError(f"config={path} cannot be read ({reason}); pass a YAML file in UTF-8.") from None
     if not isinstance(settings, dict):
-        raise ConfigError([f"config={path} holds no settings; write one `flag: value` per line."])
+        raise ConfigError(f"config={path} holds no settings; write one `flag: value` per line.")
     found: dict[str, Any] = {}
     for key, value in settings.items():
         name, *inner = key.split(".")
@@ -51,7 +51,7 @@ def read_additional_config(value: object) -> dict[str, Any]:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if not isinstance(value, Mapping | None):
-        raise ConfigError([f"additional-config={value} must be a mapping; write it in YAML or as a JSON object."])
+        raise ConfigError(f"additional-config={value} must be a mapping; write it in YAML or as a JSON object.")
     return understood(value or {})
 
 
@@ -64,7 +64,7 @@ def read_named_settings(paths: Iterable[Path]) -> dict[str, FilterConfig]:
     found: dict[str, FilterConfig] = {}
     for path in paths:
         if path.stem in found:
-            raise ConfigError([f"config={path} has the same name as another file, {path.stem}; rename one of them."])
+            raise ConfigError(f"config={path} has the same name as another file, {path.stem}; rename one of them.")
         found[path.stem] = read_settings(path)
     return found
 
@@ -77,7 +77,7 @@ def read_settings(path: str | Path | None, pruning_ratio: float | None = None) -
     """
     extra = {CONFIG_KEY: {}} if path is None else read_config_file(path).get("additional-config", {})
     if CONFIG_KEY not in extra:
-        raise ConfigError([f"config={path} has no {CONFIG_KEY} under additional-config; write its settings there."])
+        raise ConfigError(f"config={path} has no {CONFIG_KEY} under additional-config; write its settings there.")
     if pruning_ratio is not None:
         extra = merged(extra, {CONFIG_KEY: {"pruning_ratio": pruning_ratio}})
     return FilterConfig.within(extra)

@@ -47,11 +47,11 @@ def view_paged_cache(caches: Sequence[torch.Tensor], isa: str) -> PagedCache:
     )
     if not same or first.dtype not in _BITS:
         raise UnsupportedError(
-            [f"the KV cache (dtype {first.dtype}) is not laid out in one storage; use kv_cache_dtype=auto on CPU."]
+            f"the KV cache (dtype {first.dtype}) is not laid out in one storage; use kv_cache_dtype=auto on CPU."
         )
     num_blocks, num_kv_heads, block_size, width = first.shape
     if first.stride()[2:] != (width, 1):
-        raise UnsupportedError([f"KV cache strides {first.stride()} are unknown; unset VLLM_KV_CACHE_LAYOUT."])
+        raise UnsupportedError(f"KV cache strides {first.stride()} are unknown; unset VLLM_KV_CACHE_LAYOUT.")
     integer, unsigned, encoding = _BITS[first.dtype]
     flat = torch.empty(0, dtype=integer).set_(storage)  # the whole storage, uncopied
     key_tokens, key_dims, value_tokens, value_dims = _learn_order(first.dtype, block_size, width // 2, isa)
@@ -99,5 +99,5 @@ def _split_order(found: torch.Tensor, block_size: int, head_size: int) -> tuple[
     place = place.view(block_size, head_size)
     tokens, dims = place[:, 0].clone(), place[0] - place[0, 0]
     if (place < 0).any() or not torch.equal(tokens[:, None] + dims, place):
-        raise UnsupportedError(["this CPU's KV cache order is unknown; run with another block_size or on another CPU."])
+        raise UnsupportedError("this CPU's KV cache order is unknown; run with another block_size or on another CPU.")
     return tokens.numpy(), dims.numpy()

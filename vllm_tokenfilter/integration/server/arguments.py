@@ -76,13 +76,13 @@ def server_arguments(flags: Iterable[str], pruning_ratio: float | None) -> list[
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and CONFIG_KEY not in allowed.split(","):
         remedy = f"add {CONFIG_KEY} to it, without spaces around commas, or unset it."
-        raise ConfigError([f"VLLM_PLUGINS={allowed} keeps this plugin out of vLLM; {remedy}"])
+        raise ConfigError(f"VLLM_PLUGINS={allowed} keeps this plugin out of vLLM; {remedy}")
     options = read(flags)
     last = {option.name: option.values[0] for option in options if option.values}
     backend = last.get("attention_backend", "auto")
     if backend.lower() not in ("auto", "none", "") and not registration.is_ours(backend):
         remedy = "leave it out, or on a GPU name it as inner_backend in the settings."
-        raise ConfigError([f"attention-backend={backend} does not filter; {remedy}"])
+        raise ConfigError(f"attention-backend={backend} does not filter; {remedy}")
     extra: dict[str, Any] = {}
     for option in options:
         if option.name == "additional_config":
@@ -143,7 +143,7 @@ def read(flags: Iterable[str]) -> list[Option]:
     flags = list(flags)
     options = _options(flags, "flags")
     if {"model", "model_tag"} <= {option.name for option in options}:
-        raise ConfigError(["model is given twice, as --model and as the first word; name it once."])
+        raise ConfigError("model is given twice, as --model and as the first word; name it once.")
     files = [option.values[0] for option in options if option.name == "config"]
     if len(files) == 1:
         # The model stays the first word: an option of the file that takes several values would take it as one.
@@ -152,7 +152,7 @@ def read(flags: Iterable[str]) -> list[Option]:
         options = _options(words, f"config={files[0]} and flags")
         files = [option.values[0] for option in options if option.name == "config"]
     if len(files) > 1:
-        raise ConfigError([f"config is given twice ({', '.join(files)}); pass one file as a flag."])
+        raise ConfigError(f"config is given twice ({', '.join(files)}); pass one file as a flag.")
     return options
 
 
@@ -175,7 +175,7 @@ def _file_words(settings: Mapping[str, Any]) -> list[str]:
         elif value:
             action = flags.get(flag) or next((found[0] for found in reader._get_option_tuples(flag)), None)
             if action is not None and action.nargs != "+" and (len(value) > 1 or action.nargs == 0):
-                raise ConfigError([f"{name}={value} must be one value, not a list."])  # vLLM takes it for the model
+                raise ConfigError(f"{name}={value} must be one value, not a list.")  # vLLM takes it for the model
             words += [flag, *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
     return words
 
@@ -184,7 +184,7 @@ class _Parser(FlexibleArgumentParser):
     """vLLM's, but for what it says of words that it refuses: one sentence."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"{self.prog}: {' '.join(message.split())}; give options as vLLM's server takes them."])
+        raise ConfigError(f"{self.prog}: {' '.join(message.split())}; give options as vLLM's server takes them.")
 
     def _pull_args_from_config(self, args: list[str]) -> list[str]:
         return args  # `read` takes the file
@@ -232,7 +232,7 @@ def _options(words: list[str], where: str) -> list[Option]:
         reader.parse_args(words, found)
     except (IndexError, RecursionError):
         raise ConfigError(
-            [f"{where}: a flag with a dot in its name has no value; write the value after the name."]
+            f"{where}: a flag with a dot in its name has no value; write the value after the name."
         ) from None
     options: list[Option] = []
     for option in found.options:

@@ -42,10 +42,8 @@ def load_kernel() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise UnsupportedError(
-            [
-                f"the CPU kernels are compiled into {library.parent}, which cannot be used ({error}); "
-                "set XDG_CACHE_HOME to a writable folder."
-            ]
+            f"the CPU kernels are compiled into {library.parent}, which cannot be used ({error}); "
+            "set XDG_CACHE_HOME to a writable folder."
         ) from error
 
 
@@ -53,7 +51,7 @@ def _compiler() -> str:
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         if name and (found := shutil.which(name)):
             return found
-    raise UnsupportedError(["CC: no C compiler (cc, gcc, clang) was found; install one or set CC to its path."])
+    raise UnsupportedError("CC: no C compiler (cc, gcc, clang) was found; install one or set CC to its path.")
 
 
 def _fingerprint() -> str:

@@ -50,9 +50,9 @@ class PagedCache:
 
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
-        """The same for the kernels; valid as long as this object."""
+        """`struct cache` of cache.h; valid as long as this object."""
         places = self.layer_starts, self.key_tokens, self.key_dims, self.value_tokens, self.value_dims
-        return CacheStruct(
+        return structure(
             pointer(self.elements, self.elements.dtype),
             pointer(self.widen_table, np.float32),
             *(pointer(array, np.int64) for array in places),
@@ -71,6 +71,20 @@ def pointer(array: NDArray[Any], dtype: Any) -> ctypes.c_void_p:
     """The address of an array for a kernel, which takes what it is given at its word: so type and order are checked."""
     assert array.dtype == dtype and array.flags.c_contiguous, (array.dtype, dtype, array.flags.c_contiguous)
     return ctypes.c_void_p(array.ctypes.data)
+
+
+def structure(*values: int | float | ctypes.c_void_p | ctypes.Structure) -> ctypes.Structure:
+    """A `struct` of the kernels, its fields in the order of C: int64_t, float, pointers, also to structures."""
+    pointed = [
+        ctypes.c_void_p(ctypes.addressof(value)) if isinstance(value, ctypes.Structure) else value for value in values
+    ]
+    return _structure_of(tuple(map(type, pointed)))(*pointed)
+
+
+@functools.cache
+def _structure_of(types: tuple[type, ...]) -> type[ctypes.Structure]:
+    of_c: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float, ctypes.c_void_p: ctypes.c_void_p}
+    return type("Structure", (ctypes.Structure,), {"_fields_": [(f"_{n}", of_c[kind]) for n, kind in enumerate(types)]})
 
 
 def element_order(tokens: NDArray[np.int64], dims: NDArray[np.int64]) -> int:
@@ -94,17 +108,3 @@ def element_order(tokens: NDArray[np.int64], dims: NDArray[np.int64]) -> int:
     if (np.diff(tokens.reshape(-1, 2)) == 1).all() and (dim_tiles == 2 * tile).all():
         return TOKEN_PAIRS
     return BY_TABLE
-
-
-def fields(kind: type, names: str) -> tuple[tuple[str, type], ...]:
-    """Fields of a structure that follow each other and are of one type."""
-    return tuple((name, kind) for name in names.split())
-
-
-class CacheStruct(ctypes.Structure):
-    """`struct cache` of cache.h."""
-
-    _fields_ = (
-        *fields(ctypes.c_void_p, "elements table layer_starts key_tokens key_dims value_tokens value_dims"),
-        *fields(ctypes.c_int64, "block_stride head_stride encoding heads block_size dims key_order value_order"),
-    )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
-from vllm_tokenfilter.kernels.cpu.cache import PagedCache, fields, pointer
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache, pointer, structure
 from vllm_tokenfilter.kernels.plan import DuePlan
 from vllm_tokenfilter.kernels.rules import SELECTOR_CODES, ScoreRule
 from vllm_tokenfilter.layout import Layout
@@ -77,7 +77,8 @@ def seal_chunks(
     chosen = np.empty((num_layers, int(ends[-1]), layout.kept_per_chunk), np.int32)
     of_rows = plan.num_tokens, plan.first_chunk, plan.last_chunk, due.shared_chunks, ends
     pointers = (pointer(array, np.int64) for array in of_rows)
-    rows = _SealRows(pointer(due.block_tables, np.int32), due.block_tables.shape[1], len(plan.rows), *pointers)
+    tables = pointer(due.block_tables, np.int32), due.block_tables.shape[1]
+    rows = structure(*tables, len(plan.rows), *pointers)  # struct seal_rows of seal.c
     arguments: tuple[Any, ...] = (
         ctypes.byref(cache.struct),
         ctypes.byref(_rule_struct(layout, rule)),
@@ -102,22 +103,8 @@ def seal_chunks(
     return chosen
 
 
-class _SealRule(ctypes.Structure):
-    _fields_ = (
-        *fields(ctypes.c_int64, "size keep sinks terms selector fusion seed"),
-        *fields(ctypes.c_float, "decay dropped"),
-    )
-
-
-def _rule_struct(layout: Layout, rule: ScoreRule) -> _SealRule:
+def _rule_struct(layout: Layout, rule: ScoreRule) -> ctypes.Structure:
+    """`struct seal_rule` of seal.c."""
     sizes = layout.chunk_size, layout.kept_per_chunk, layout.sink_tokens, layout.anchor_terms
     codes = SELECTOR_CODES[rule.selector], rule.fusion_code, rule.seed
-    return _SealRule(*sizes, *codes, rule.decay, rule.decay**layout.anchor_terms)
-
-
-class _SealRows(ctypes.Structure):
-    _fields_ = (
-        ("block_tables", ctypes.c_void_p),
-        *fields(ctypes.c_int64, "block_tables_stride num_rows"),
-        *fields(ctypes.c_void_p, "num_tokens first_chunk last_chunk shared_chunks ends"),
-    )
+    return structure(*sizes, *codes, rule.decay, rule.decay**layout.anchor_terms)

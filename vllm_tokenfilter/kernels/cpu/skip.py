@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vllm_tokenfilter.config import SKIP_UNITS, Substitute
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
-from vllm_tokenfilter.kernels.cpu.cache import PagedCache, fields, pointer
+from vllm_tokenfilter.kernels.cpu.cache import PagedCache, pointer, structure
 from vllm_tokenfilter.kernels.rules import FUSION_CODES, PATIENCE, SkipRule
 
 
@@ -30,8 +30,8 @@ class SkipRows:
 
     @functools.cached_property
     def struct(self) -> ctypes.Structure:
-        """The same for the kernels; valid as long as this object."""
-        return _SkipRows(
+        """`struct skip_rows` of skip.h; valid as long as this object."""
+        return structure(
             pointer(self.block_tables, np.int32),
             self.block_tables.shape[1],
             len(self.slots),
@@ -75,9 +75,11 @@ class SkipState:
         self.skipped = np.empty(int(rows.starts[-1]), np.uint8)
         self.read_lens, self.totals = np.empty_like(self.stored_lens), np.empty(3, np.int64)
         self.kernels = _kernels()
-        self._parts = cache, rule, anchors  # the struct points into them
-        self._struct = _SkipState(
-            *(ctypes.addressof(struct) for struct in (cache.struct, _rule_struct(rule), rows.struct)),
+        self._parts = cache, rule, anchors  # the struct, `skip_state` of skip.h, points into them
+        self._struct = structure(
+            cache.struct,
+            _rule_struct(rule),
+            rows.struct,
             pointer(carried, np.int64),
             pointer(anchors, np.float32),
             pointer(self.stored_lens, np.int32),
@@ -167,29 +169,8 @@ def _kernels() -> ctypes.CDLL:
     return library
 
 
-class _SkipState(ctypes.Structure):
-    _fields_ = (
-        *fields(ctypes.c_void_p, "cache rule rows carried anchors stored_lens skipped read_lens totals"),
-        *fields(ctypes.c_int64, "carried_stride anchors_stride skipped_reads num_threads"),
-    )
-
-
-class _SkipRule(ctypes.Structure):
-    _fields_ = (
-        *fields(ctypes.c_int64, "terms fusion history warmup sinks window units patience"),
-        *fields(ctypes.c_float, "decay dropped"),
-    )
-
-
 @functools.cache
-def _rule_struct(rule: SkipRule) -> _SkipRule:
+def _rule_struct(rule: SkipRule) -> ctypes.Structure:
+    """`struct skip_rule` of skip.h."""
     numbers = rule.terms, FUSION_CODES[rule.fusion], rule.history, rule.warmup, rule.sinks, rule.window
-    return _SkipRule(*numbers, SKIP_UNITS, PATIENCE, rule.decay, rule.decay**rule.terms)
-
-
-class _SkipRows(ctypes.Structure):
-    _fields_ = (
-        ("block_tables", ctypes.c_void_p),
-        *fields(ctypes.c_int64, "block_tables_stride num_rows"),
-        *fields(ctypes.c_void_p, "starts slots raw positions"),
-    )
+    return structure(*numbers, SKIP_UNITS, PATIENCE, rule.decay, rule.decay**rule.terms)
