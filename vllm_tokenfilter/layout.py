@@ -57,6 +57,8 @@ def sealed_chunks(num_tokens: Length, layout: Layout, shared_chunks: Length = 0)
         shared_chunks: chunks the request took over sealed from the prefix cache; they are sealed from the start.
     """
     chunks = (num_tokens - layout.recent_window) // layout.chunk_size
+    if isinstance(shared_chunks, int) and shared_chunks == 0:
+        return chunks * (chunks > 0)
     return shared_chunks + (chunks - shared_chunks) * (chunks > shared_chunks)
 
 

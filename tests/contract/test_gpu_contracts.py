@@ -103,6 +103,51 @@ def test_both_runners_pass_host_lengths_and_whether_a_row_prefills(parts):
     assert "is_prefilling=" in text, "integration/gpu/steps.py tells dummy runs by it"
 
 
+@pytest.mark.parametrize(
+    "parts, taken, handed_on",
+    [
+        (
+            ("v1", "worker", "gpu", "attn_utils.py"),
+            "        seq_lens_cpu_upper_bound = seq_lens_cpu_upper_bound[:num_reqs]\n",
+            "            seq_lens_cpu_upper_bound=seq_lens_cpu_upper_bound,\n",
+        ),
+        (
+            ("v1", "worker", "gpu_model_runner.py"),
+            "        seq_lens_cpu_upper_bound = self.optimistic_seq_lens_cpu[:num_reqs_padded]\n",
+            "            cm = copy(cm_base)  # shallow copy\n",
+        ),
+    ],
+    ids=["model runner v2", "model runner v1"],
+)
+def test_both_runners_take_one_new_view_of_the_lengths_for_all_groups_of_a_step(parts, taken, handed_on):
+    text = source(*parts)
+    assert text.count(taken) == 1 and handed_on in text, "integration/gpu/steps.py (StepsInCommon) knows a step by it"
+    assert text.index(taken) < text.index(handed_on, text.index(taken)), "before the loop over groups"
+
+
+def test_a_prefix_hit_is_looked_up_for_all_groups_of_a_layout_at_once():
+    text = source("v1", "core", "kv_cache_coordinator.py")
+    assert "kv_cache_group_ids=group_ids,\n" in text, (
+        "kernels/gpu/due.py (snapshot): they take over equally many chunks"
+    )
+
+
+def test_host_lengths_are_int32_and_a_steps_description_can_be_copied():
+    for parts, text in (
+        (
+            ("v1", "worker", "gpu", "model_runner.py"),
+            "seq_lens_cpu_upper_bound_np = np.zeros(num_reqs_padded, dtype=np.int32)",
+        ),
+        (
+            ("v1", "worker", "gpu_model_runner.py"),
+            "self.optimistic_seq_lens_cpu = torch.zeros(\n            self.max_num_reqs, dtype=torch.int32",
+        ),
+    ):
+        assert text in source(*parts), "integration/gpu/steps.py (LayoutStep) hands lengths on in their own type"
+    assert not hasattr(CommonAttentionMetadata, "__slots__"), "integration/gpu/backend.py changes a copy's fields"
+    assert not hasattr(CommonAttentionMetadata, "__post_init__")
+
+
 def test_the_upper_bound_of_lengths_is_exact_without_speculation():
     text = source("v1", "attention", "backend.py")
     text = " ".join(text[text.index("    seq_lens_cpu_upper_bound: torch.Tensor") :][:500].split())

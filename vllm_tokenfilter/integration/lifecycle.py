@@ -34,6 +34,7 @@ class PlannedModel:
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan
+        self.shared: dict[type, Any] = {}  #: what its builders have in common, by class.
         self._running = 0
         self._ended: list[GroupStatus] = []
 

@@ -3,25 +3,27 @@
 Source: docs/layout.md.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_tokenfilter.layout import Layout, sealed_chunks, stored_tokens
+from vllm_tokenfilter.layout import Layout, sealed_chunks
 
 
 @dataclass(frozen=True)
 class DuePlan:
-    """The rows of a step that have chunks to seal; arrays are int64, with an entry per such row."""
+    """The rows of a step that have chunks to seal; arrays of integers, with an entry per such row."""
 
-    rows: NDArray[np.int64]  #: rows of the step.
-    num_tokens: NDArray[np.int64]  #: computed tokens once the step is done.
-    first_chunk: NDArray[np.int64]  #: first due chunk.
-    last_chunk: NDArray[np.int64]  #: one past the last due chunk.
+    rows: NDArray[Any]  #: rows of the step.
+    num_tokens: NDArray[Any]  #: computed tokens once the step is done.
+    first_chunk: NDArray[Any]  #: first due chunk.
+    last_chunk: NDArray[Any]  #: one past the last due chunk.
     num_blocks: int  #: entries of the block table the rows use.
 
-    @property
+    @functools.cached_property
     def num_chunks(self) -> int:
         """Chunks due over all rows."""
         return int((self.last_chunk - self.first_chunk).sum())
@@ -49,10 +51,17 @@ def plan_seals(
         shared_chunks: [num_reqs], chunks known to have come sealed from the prefix cache.
     """
     first = sealed_chunks(num_computed, layout, shared_chunks)
-    last = sealed_chunks(seq_lens, layout, shared_chunks)
-    rows = np.flatnonzero(last > first)
+    return plan_between(first, sealed_chunks(seq_lens, layout, shared_chunks), seq_lens, block_size, layout)
+
+
+def plan_between(
+    first: NDArray[Any], last: NDArray[Any], seq_lens: NDArray[Any], block_size: int, layout: Layout
+) -> DuePlan | None:
+    """The same from the chunks sealed before the step and those sealed once it is done, [num_reqs]."""
+    rows = (last > first).nonzero()[0]
     if not len(rows):
         return None
+    first, num_tokens = first[rows], seq_lens[rows]
     # The step wrote its tokens raw behind what was stored before it.
-    highest = (stored_tokens(num_computed, layout, shared_chunks) + seq_lens - num_computed)[rows]
-    return DuePlan(rows, seq_lens[rows], first[rows], last[rows], -(-int(highest.max()) // block_size))
+    highest = int((num_tokens - first * layout.removed_per_chunk).max())
+    return DuePlan(rows, num_tokens, first, last[rows], -(-highest // block_size))

@@ -3,6 +3,7 @@
 Here in Triton's interpreter; tests/gpu/test_steps.py runs the tests of steps on a GPU too, with another `device`.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 pytest.importorskip("triton")
 
 from tests.kernels.gpu.test_seal import make_layers, prose, read, settings, write
-from vllm_tokenfilter.integration.gpu.steps import FilteredSteps
+from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, HostLengths, LayoutStep, StepsInCommon
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -70,7 +71,7 @@ def step(computed, queries, tables, padded=0, prefilling=None, dummy=False, devi
     )
 
 
-def make_steps(layers=None, mark_blocks=0, device="cpu", **changes):
+def make_steps(layers=None, mark_blocks=0, device="cpu", common=None, **changes):
     layers = layers or make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True, device)
     config = settings(LAYOUT, **changes)
     return FilteredSteps(
@@ -82,6 +83,7 @@ def make_steps(layers=None, mark_blocks=0, device="cpu", **changes):
         40,
         torch.device(device),
         lambda: GpuCache.over(layers, [0, 1], layers[0].dtype),
+        common=common,
     )
 
 
@@ -121,6 +123,89 @@ def test_lives_of_requests_leave_in_the_cache_what_the_reference_keeps(device):
     assert steps.counters.tokens_sealed == 64 * sealed
     assert steps.counters.tokens_pruned == 32 * sealed
     assert steps.counters.tokens_seen == sum(lengths) + 2
+
+
+def of_another_group(now, tables, device="cpu"):
+    """The same step as a runner describes it to a group with other blocks: every other tensor is the same object."""
+    queries = np.diff(now.query_start_loc_cpu.numpy())[: len(tables)]
+    computed = now.seq_lens_cpu_upper_bound.numpy()[: len(tables)] - queries
+    own = step(computed, queries, tables, padded=now.num_reqs - len(tables), device=device)
+    return replace(now, block_table_tensor=own.block_table_tensor, slot_mapping=own.slot_mapping)
+
+
+def test_groups_of_one_layout_share_a_step_and_seal_in_their_own_blocks(device, monkeypatch):
+    """Two groups beside each other and each by itself: the same caches, lengths, slots and counts; read once."""
+    common, draw = StepsInCommon(), np.random.default_rng(3)
+    tables = [draw.permutation(64)[:48].reshape(2, 24).astype(np.int32) for _ in range(2)]
+    caches = [[make_layers(torch.bfloat16, 2, 64, 2, SIZE, 64, True, device) for _ in range(2)] for _ in range(2)]
+    together, alone = (
+        [make_steps(layers, device=device, common=shared) for layers in part]
+        for part, shared in zip(caches, (common, None), strict=True)
+    )
+    texts = [[prose(2, 400, 64, torch.bfloat16, 7 * row + layer) for layer in range(2)] for row in range(2)]
+    read, planned, lengths = [], [], [0, 0]
+    of, plan = HostLengths.of, LayoutStep.of
+    for queries in [(150, 200), *[(1, 1)] * 4, (30, 2), *[(1, 1)] * 2, (64, 80), *[(1, 1)] * 3]:
+        now = step(lengths, queries, tables[0], padded=1, device=device)
+        steps = [now, *(of_another_group(now, own, device) for own in tables[1:])]
+        monkeypatch.setattr(HostLengths, "of", lambda step: read.append(step) or of(step))
+        monkeypatch.setattr(LayoutStep, "of", lambda *given: planned.append(plan(*given)) or planned[-1])
+        mine = [group.adjust(one) for group, one in zip(together, steps, strict=True)]
+        monkeypatch.setattr(HostLengths, "of", of)
+        monkeypatch.setattr(LayoutStep, "of", plan)
+        copies = [replace(own, slot_mapping=own.slot_mapping.clone()) for own in steps]
+        theirs = [group.adjust(one) for group, one in zip(alone, copies, strict=True)]
+        assert all(one is planned[-1] for one in planned[-2:])
+        for group, (ours, other) in enumerate(zip(mine, theirs, strict=True)):
+            assert torch.equal(steps[group].slot_mapping, copies[group].slot_mapping)
+            assert torch.equal(ours.seq_lens, other.seq_lens) and ours.max_seq_len == other.max_seq_len
+            assert torch.equal(ours.seq_lens_cpu_upper_bound, other.seq_lens_cpu_upper_bound)
+            for row, count in enumerate(queries):
+                part, stored = slice(lengths[row], lengths[row] + count), stored_tokens(lengths[row], LAYOUT)
+                for layers in (caches[0][group], caches[1][group]):
+                    for layer, (keys, values) in zip(layers, texts[row], strict=True):
+                        write(layer, tables[group][row], stored, keys[:, part], values[:, part])
+        lengths = [before + count for before, count in zip(lengths, queries, strict=True)]
+    assert len(read) == 12 and len({id(one) for one in planned}) <= 12, "read and planned once a step"
+    for ours, other in zip(together, alone, strict=True):
+        own, apart = (vars(group.counters.copy()) | {"seal_seconds": 0} for group in (ours, other))
+        assert own == apart and own["seals"] > 2
+    for ours, other in zip(*caches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
+
+
+def test_a_runner_that_keeps_its_lengths_in_one_tensor_is_read_anew_each_step():
+    common = StepsInCommon()
+    groups = [make_steps(common=common) for _ in range(2)]
+    tables = np.arange(24, dtype=np.int32)[None]
+    now = step([199], [1], tables)
+    for length in (200, 201, 264):
+        now.seq_lens_cpu_upper_bound.fill_(length)
+        now.seq_lens.fill_(length)
+        for group in groups:
+            assert group.adjust(now).seq_lens_cpu_upper_bound.tolist() == [stored_tokens(length - 1, LAYOUT) + 1]
+
+
+def test_a_further_group_of_a_layout_costs_a_fraction_of_the_first():
+    """Python and C calls, which do not depend on the machine; benchmarks/gpu_host_time.py has the time."""
+    common, calls = StepsInCommon(), []
+    groups, rows = [make_steps(common=common) for _ in range(2)], 8
+    tables = np.arange(8 * 24, dtype=np.int32).reshape(rows, 24) % 64
+
+    def count(frame, event, argument):
+        calls[-1] += event in ("call", "c_call")
+
+    for length in range(200, 203):
+        now = step([length] * rows, [1] * rows, tables)
+        for group in groups:
+            calls.append(0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("vllm_tokenfilter.integration.gpu.steps.adjust_step", lambda *given: None)
+                sys.setprofile(count)
+                group.adjust(now)
+                sys.setprofile(None)
+    first, further = calls[-2:]
+    assert first <= 90 and further <= 30 and further < first / 2, (first, further)
 
 
 def test_a_step_in_which_nobody_seals_launches_no_seal(monkeypatch):
@@ -297,6 +382,7 @@ def builder_over_a_recorder(steps):
     class Builder(FilteringBuilder, RecordingBuilder):
         def __init__(self):
             self._steps, self._capturing, self._dense_reason = steps, False, "configured_dense"
+            self._common = StepsInCommon()
             self.plan = LayerPlan.of(FilterConfig(pruning_ratio=0.0), 3)
             self.counters = steps.counters if steps else StepCounters()
 

@@ -14,6 +14,7 @@ Source: vllm/v1/attention/backends/triton_attn.py, flash_attn.py, flashinfer.py;
 (`_build_attention_metadata`).
 """
 
+import copy
 import functools
 from typing import Any
 
@@ -30,7 +31,7 @@ from vllm_tokenfilter.errors import UnsupportedError
 from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu.skipping import SkippingGroup, SkippingImpl
-from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, HostLengths
+from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, StepsInCommon
 from vllm_tokenfilter.integration.layers import layers_by_index
 from vllm_tokenfilter.integration.lifecycle import CountingBuilder, PlanningImpl, planned_model
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
@@ -63,6 +64,7 @@ class FilteringBuilder(CountingBuilder):
         self.plan = model.plan.only(layers)
         self._dense_reason = next(iter(self.plan.dense), "")
         self._capturing = False
+        self._common: StepsInCommon = model.shared.setdefault(StepsInCommon, StepsInCommon())
         filtered = {index: layers[index] for index in self.plan.filtered}
         skipping = {index: layers[index] for index in self.plan.skipping}
         self._num_skipping = len(skipping)
@@ -120,6 +122,7 @@ class FilteringBuilder(CountingBuilder):
             functools.partial(_gather_heads, vllm_config.model_config.get_total_num_kv_heads())
             if vllm_config.parallel_config.tensor_parallel_size > 1
             else None,
+            self._common,
         )
 
     def use(self, config: FilterConfig, plan: LayerPlan) -> None:
@@ -157,25 +160,21 @@ class FilteringBuilder(CountingBuilder):
                 skipping.attach(metadata, common, seq_lens, None)
             return metadata
         adjusted = self._steps.adjust(common, self._capturing)
-        metadata = inner.build(
-            0,  # packed tokens are no common prefix
-            common.replace(**vars(adjusted), _num_computed_tokens_cache=None),
-            fast_build,
-            **kwargs,
-        )
+        changed = copy.copy(common)
+        vars(changed).update(vars(adjusted), _num_computed_tokens_cache=None)
+        # Packed tokens are no common prefix.
+        metadata = inner.build(0, changed, fast_build, **kwargs)
         if skipping is not None:
             skipping.attach(metadata, common, seq_lens, self._steps.shared_chunks(common.num_reqs))
         return metadata
 
     def _count_dense(self, common: CommonAttentionMetadata) -> None:
-        lengths = HostLengths.of(common)
-        if self._capturing or not lengths.real.any():
+        lengths = self._common.lengths(common, self)
+        if self._capturing or not lengths.num_real:
             return
-        self.counters.tokens_seen += int((lengths.seq_lens - lengths.num_computed)[lengths.real].sum())
-        self.counters.rows_dense[self._dense_reason] += int(lengths.real.sum())
-        decoding = lengths.real & (lengths.seq_lens - lengths.num_computed == 1)
-        reads = int(lengths.seq_lens[decoding].sum())
-        self.counters.count_reads(reads, reads, len(self.plan.rows), self._num_skipping)
+        self.counters.tokens_seen += lengths.num_tokens
+        self.counters.rows_dense[self._dense_reason] += lengths.num_real
+        self.counters.count_reads(lengths.dense_reads, lengths.dense_reads, len(self.plan.rows), self._num_skipping)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ Imports no vLLM: `RunnerStep` is the part of its step metadata that is used.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,9 +28,9 @@ from vllm_tokenfilter.kernels.gpu import seal
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
 from vllm_tokenfilter.kernels.gpu.lengths import StepBuffers, adjust_step
-from vllm_tokenfilter.kernels.plan import plan_seals
+from vllm_tokenfilter.kernels.plan import DuePlan, plan_between
 from vllm_tokenfilter.kernels.rules import ScoreRule
-from vllm_tokenfilter.layout import Layout, removed_tokens
+from vllm_tokenfilter.layout import Layout, sealed_chunks
 
 
 class RunnerStep(Protocol):
@@ -47,35 +47,88 @@ class RunnerStep(Protocol):
     slot_mapping: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class HostLengths:
-    """A step's lengths as the host knows them, int64 [num_reqs].
+    """A step's lengths as the host knows them, int32 [num_reqs]; valid during the step, whose buffers they look at."""
 
-    Attributes:
-        seq_lens: tokens once the step is done.
-        num_computed: tokens before it.
-        real: bool, rows of requests. Others pad the step or belong to a dummy run: a request that has computed nothing
-            yet is prefilling, a dummy is not.
-    """
-
-    seq_lens: NDArray[np.int64]
-    num_computed: NDArray[np.int64]
+    seq_lens: NDArray[np.int32]  #: tokens once the step is done.
+    num_computed: NDArray[np.int32]  #: tokens before it.
+    #: bool, rows of requests. Others pad the step or belong to a dummy run: a request that has computed nothing yet is
+    #: prefilling, a dummy is not.
     real: NDArray[np.bool_]
+    num_real: int  #: rows of requests.
+    decoding: NDArray[np.bool_]  #: those of them with one new token.
+    num_tokens: int  #: new tokens of all of them.
+    dense_reads: int  #: tokens that a layer reads for those that decode, if it keeps every one.
+    by_layout: dict[tuple[Layout, int], "LayoutStep"] = field(default_factory=dict)  #: see `LayoutStep.of`.
 
     @classmethod
     def of(cls, step: RunnerStep) -> "HostLengths":
         """Read the host's copies; nothing is waited for."""
         bound, num_reqs = step.seq_lens_cpu_upper_bound, step.num_reqs
         assert bound is not None, "the runner gives no host copy of the lengths"
-        seq_lens = bound[:num_reqs].numpy().astype(np.int64)
-        query_lens = np.diff(step.query_start_loc_cpu[: num_reqs + 1].numpy()).astype(np.int64)
+        seq_lens, starts = bound.numpy()[:num_reqs], step.query_start_loc_cpu.numpy()[: num_reqs + 1]
+        query_lens = starts[1:] - starts[:-1]
         num_computed, real = seq_lens - query_lens, query_lens > 0
-        if step.is_prefilling is not None:
+        if step.is_prefilling is not None and num_computed.min() == 0:
+            known = num_computed > 0
             # vLLM's V2 runner pads a decode batch up to its CUDA graph's, but not this.
-            prefilling = np.zeros(num_reqs, bool)
-            prefilling[: len(step.is_prefilling)] = step.is_prefilling[:num_reqs].numpy()
-            real &= (num_computed > 0) | prefilling
-        return cls(seq_lens, num_computed, real)
+            prefilling = step.is_prefilling.numpy()[:num_reqs]
+            known[: len(prefilling)] |= prefilling
+            real &= known
+        decoding = real & (query_lens == 1)
+        num_tokens, dense_reads = int(query_lens[real].sum()), int(seq_lens[decoding].sum())
+        return cls(seq_lens, num_computed, real, int(np.count_nonzero(real)), decoding, num_tokens, dense_reads)
+
+
+@dataclass
+class LayoutStep:
+    """What a step means for every KV-cache group of one layout: the groups differ in their block tables alone."""
+
+    stored: Tensor  #: int32 [num_reqs] on the host: slots that attention reads.
+    max_stored: int  #: the largest of them.
+    plan: DuePlan | None  #: what the step makes due.
+    filtered_rows: int  #: rows of requests of which something was sealed.
+    reads: int  #: tokens that a layer reads for the rows that decode.
+    due: DueSealsOnDevice | None = None  #: what the first of the groups copied.
+
+    @classmethod
+    def of(cls, lengths: HostLengths, layout: Layout, block_size: int) -> "LayoutStep":
+        """The same value for every group that asks during a step."""
+        found = lengths.by_layout.get((layout, block_size))
+        if found is None:
+            first, last = sealed_chunks(np.stack((lengths.num_computed, lengths.seq_lens)), layout)
+            stored = lengths.seq_lens - first * layout.removed_per_chunk
+            if lengths.num_real < len(stored):
+                last = np.where(lengths.real, last, first)  # rows that own nothing are not due
+            found = lengths.by_layout[layout, block_size] = cls(
+                torch.from_numpy(stored),
+                int(stored.max()),
+                plan_between(first, last, lengths.seq_lens, block_size, layout) if layout.removed_per_chunk else None,
+                int(np.count_nonzero(first[lengths.real])),
+                int(stored[lengths.decoding].sum()),
+            )
+        return found
+
+
+class StepsInCommon:
+    """The step that the groups of a model are at: what the first of them works out serves the others.
+
+    Both of vLLM's runners take a new view of the host's lengths for each step and hand that one to every group. It is
+    kept until the next comes, so that nothing else can be taken for it; and no group is given the same step twice.
+    """
+
+    def __init__(self) -> None:
+        self._bound: Tensor | None = None
+        self._lengths: HostLengths
+        self._asked: set[int] = set()
+
+    def lengths(self, step: RunnerStep, group: object) -> HostLengths:
+        """The step's lengths, as a group asks for them once a step."""
+        if step.seq_lens_cpu_upper_bound is not self._bound or id(group) in self._asked:
+            self._lengths, self._bound, self._asked = HostLengths.of(step), step.seq_lens_cpu_upper_bound, set()
+        self._asked.add(id(group))
+        return self._lengths
 
 
 @dataclass(frozen=True)
@@ -114,6 +167,7 @@ class FilteredSteps:
         device: torch.device,
         open_cache: Callable[[], GpuCache],
         gather_heads: Callable[[Tensor], Tensor] | None = None,
+        common: StepsInCommon | None = None,
     ) -> None:
         """Prepare.
 
@@ -128,6 +182,7 @@ class FilteredSteps:
             device: where the step's tensors lie.
             open_cache: called once, when the KV cache exists.
             gather_heads: see `kernels.gpu.seal.seal_chunks`.
+            common: of the model's groups; None for a group by itself.
         """
         self.config, self.layout = config, layout
         self.counters = StepCounters()
@@ -140,6 +195,7 @@ class FilteredSteps:
         self._due: DueSealsOnDevice | None = None
         self._after_seal: Callable[[DueSealsOnDevice], None] | None = None
         self._layers_skipping, self._dense_reason = 0, ""
+        self._common = common or StepsInCommon()
 
     def use(self, config: FilterConfig, layout: Layout | None, dense_reason: str) -> None:
         """Go on with another layout, None: every token is kept, for this reason; only while no request is running.
@@ -185,42 +241,30 @@ class FilteredSteps:
             self._mark_blocks,
         )
         table = buffers.clean_tables[:num_reqs] if self._mark_blocks else step.block_table_tensor
-        lengths = HostLengths.of(step)
-        seq_lens, num_computed, real = lengths.seq_lens, lengths.num_computed, lengths.real
-        removed = removed_tokens(num_computed, self.layout)
+        lengths = self._common.lengths(step, self)
+        of_layout = LayoutStep.of(lengths, self.layout, self._block_size)
         max_seq_len = step.max_seq_len
-        if not capturing and real.any():
-            self._count(seq_lens[real], num_computed[real], removed[real], len(self._cache.layer_addresses))
-            # Rows that own nothing must not look due.
-            own, done = np.where(real, num_computed, 0), np.where(real, seq_lens, 0)
-            plan = plan_seals(own, done, self._block_size, self.layout)
-            if plan is not None and self.layout.removed_per_chunk:
-                self._due = DueSealsOnDevice.snapshot(plan, table, buffers.shared_chunks[:num_reqs])
-            max_seq_len = int((seq_lens - removed).max())
-        stored = torch.from_numpy((seq_lens - removed).astype(np.int32))
-        return Adjusted(buffers.stored_lens[:num_reqs], stored, max_seq_len, table)
+        if not capturing and lengths.num_real:
+            self._count(lengths, of_layout, len(self._cache.layer_addresses))
+            if (plan := of_layout.plan) is not None:
+                shared_chunks = buffers.shared_chunks[:num_reqs]
+                self._due = DueSealsOnDevice.snapshot(plan, table, shared_chunks, of_layout.due)
+                of_layout.due = of_layout.due or self._due
+            max_seq_len = of_layout.max_stored
+        return Adjusted(buffers.stored_lens[:num_reqs], of_layout.stored, max_seq_len, table)
 
     @property
     def anything_due(self) -> bool:
         """Whether the last step left chunks to seal."""
         return self._due is not None
 
-    def _count(
-        self,
-        seq_lens: NDArray[np.int64],
-        num_computed: NDArray[np.int64],
-        removed: NDArray[np.int64],
-        num_layers: int,
-    ) -> None:
-        query_lens = seq_lens - num_computed
-        self.counters.tokens_seen += int(query_lens.sum())
-        decoding = query_lens == 1
-        dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
-        self.counters.count_reads(dense, filtered, num_layers, self._layers_skipping)
+    def _count(self, lengths: HostLengths, of_layout: LayoutStep, num_layers: int) -> None:
+        self.counters.tokens_seen += lengths.num_tokens
+        self.counters.count_reads(lengths.dense_reads, of_layout.reads, num_layers, self._layers_skipping)
         if self.layout.removed_per_chunk:
-            self.counters.count_rows(len(removed), int(np.count_nonzero(removed)))
+            self.counters.count_rows(lengths.num_real, of_layout.filtered_rows)
         else:
-            self.counters.rows_dense[self._dense_reason] += len(removed)
+            self.counters.rows_dense[self._dense_reason] += lengths.num_real
 
     def _seal_due(self, cache: GpuCache) -> None:
         due, self._due = self._due, None

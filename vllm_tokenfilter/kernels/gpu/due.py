@@ -30,39 +30,41 @@ class DueSealsOnDevice:
     """A plan with what it needs of the step on the device, copied before the next step overwrites it.
 
     A task is a chunk to look at: each due one, and of each row the one behind them, which is only scored.
-
-    Attributes:
-        plan: the host's side.
-        block_tables: int32 [num_due_rows, num_blocks].
-        shared_chunks: int32 [num_due_rows].
-        of_rows: int32 [5, num_due_rows], of each row its index in the step, `num_tokens`, `first_chunk`, `last_chunk`
-            and first task.
-        of_tasks: int32 [2, num_tasks], row and chunk.
     """
 
-    plan: DuePlan
-    block_tables: Tensor
-    shared_chunks: Tensor
-    of_rows: Tensor
-    of_tasks: Tensor
+    plan: DuePlan  #: the host's side.
+    block_tables: Tensor  #: int32 [num_due_rows, num_blocks].
+    shared_chunks: Tensor  #: int32 [num_due_rows].
+    #: Each int32 [num_due_rows]: a row's index in the step, `num_tokens`, `first_chunk`, `last_chunk`, first task.
+    of_rows: tuple[Tensor, ...]
+    of_tasks: tuple[Tensor, ...]  #: each int32 [num_tasks]: row and chunk.
 
     @classmethod
-    def snapshot(cls, plan: DuePlan, block_tables: Tensor, shared_chunks: Tensor) -> "DueSealsOnDevice":
-        """Copy the due rows of a step; asynchronous."""
+    def snapshot(
+        cls, plan: DuePlan, block_tables: Tensor, shared_chunks: Tensor, alike: "DueSealsOnDevice | None" = None
+    ) -> "DueSealsOnDevice":
+        """Copy the due rows of a step; asynchronous.
+
+        With `alike`, a copy of the same step for another group of the layout, only block tables are copied: a request
+        has taken over the same chunks in both.
+        """
+        tables = block_tables[:, : plan.num_blocks]
+        if alike is not None:
+            return cls(
+                plan, tables.index_select(0, alike.of_rows[0]), alike.shared_chunks, alike.of_rows, alike.of_tasks
+            )
         counts = plan.last_chunk - plan.first_chunk + 1
+        first_task = counts.cumsum() - counts
         task_rows = np.repeat(np.arange(len(counts)), counts)
-        first_task = np.cumsum(counts) - counts
-        task_chunks = np.arange(len(task_rows)) - first_task[task_rows] + plan.first_chunk[task_rows]
-        packed = np.concatenate(
-            [plan.rows, plan.num_tokens, plan.first_chunk, plan.last_chunk, first_task, task_rows, task_chunks]
-        ).astype(np.int32)
+        task_chunks = np.arange(len(task_rows)) - (first_task - plan.first_chunk)[task_rows]
+        packed = plan.rows, plan.num_tokens, plan.first_chunk, plan.last_chunk, first_task, task_rows, task_chunks
+        host = torch.from_numpy(np.concatenate(packed, dtype=np.int32, casting="same_kind"))
         device = block_tables.device
-        host = torch.from_numpy(packed)
         # From pinned memory the copy needs no wait; PyTorch keeps the memory until the copy is done.
         integers = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
-        of_rows, of_tasks = integers[: 5 * len(counts)].view(5, -1), integers[5 * len(counts) :].view(2, -1)
-        own_tables = block_tables[:, : plan.num_blocks].index_select(0, of_rows[0])
-        return cls(plan, own_tables, shared_chunks.index_select(0, of_rows[0]), of_rows, of_tasks)
+        parts = integers.split([len(counts)] * 5 + [len(task_rows)] * 2)
+        tables, shared_chunks = tables.index_select(0, parts[0]), shared_chunks.index_select(0, parts[0])
+        return cls(plan, tables, shared_chunks, parts[:5], parts[5:])
 
     @classmethod
     def nothing(cls, layout: Layout, device: torch.device) -> "DueSealsOnDevice":
