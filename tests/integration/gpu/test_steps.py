@@ -169,7 +169,7 @@ def test_groups_of_one_layout_share_a_step_and_seal_in_their_own_blocks(device, 
     assert len(read) == 12 and len({id(one) for one in planned}) <= 12, "read and planned once a step"
     for ours, other in zip(together, alone, strict=True):
         own, apart = (vars(group.counters.copy()) | {"seal_seconds": 0} for group in (ours, other))
-        assert own == apart and own["seals"] > 2
+        assert own == apart and own["seals"] >= 2
     for ours, other in zip(*caches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
