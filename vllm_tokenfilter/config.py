@@ -215,10 +215,7 @@ class FilterConfig(BaseModel):
 
     @classmethod
     def parse(cls, settings: object) -> "FilterConfig":
-        """Read the settings, refusing everything wrong with them at once.
-
-        Args:
-            settings: the mapping under `additional_config.token_filtering`, or None for the defaults.
+        """Read the mapping under `additional_config.token_filtering` (None: the defaults), refusing all wrong at once.
 
         Raises:
             ConfigError: a key is unknown, wrongly typed or out of range, or settings contradict each other.

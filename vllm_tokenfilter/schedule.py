@@ -72,11 +72,7 @@ class Schedule(BaseModel):
         return reasons
 
     def layer_ratios(self, mean: float, num_layers: int) -> tuple[float, ...]:
-        """The ratio of every layer, from the first to the last; their mean is `mean`.
-
-        Args:
-            mean: the ratio to spread, in [0, 1).
-            num_layers: layers of the model, >= 1.
+        """The ratio of each of `num_layers` >= 1 layers, from the first to the last; their mean is `mean`, in [0, 1).
 
         Raises:
             ConfigError: the ratio cannot be spread over so many layers; says what to do.
@@ -118,12 +114,8 @@ class Schedule(BaseModel):
 def whole_tokens(ratios: tuple[float, ...], chunk_size: int, quantum: int = 1) -> tuple[int, ...]:
     """Tokens of a chunk that each layer removes: multiples of `quantum` that keep the ratios' mean.
 
-    Where there is one ratio besides 0, all layers get the same number, so that they share their KV-cache group.
-
-    Args:
-        ratios: of every layer, in [0, 1).
-        chunk_size: tokens of a chunk, a multiple of `quantum`.
-        quantum: what a number is a multiple of.
+    `ratios`, of every layer, are in [0, 1), and `chunk_size` is a multiple of `quantum` too. Where there is one ratio
+    besides 0, all layers get the same number, so that they share their KV-cache group.
     """
     if len(set(ratios) - {0.0}) <= 1:
         return tuple(round(ratio * chunk_size / quantum) * quantum for ratio in ratios)

@@ -103,11 +103,8 @@ def started(
 ) -> Iterator[Server]:
     """A server of our own on 127.0.0.1, healthy, and stopped at the end.
 
-    Args:
-        name: how results call it.
-        arguments: follow the command, and the host and port that are chosen here.
-        environment: added to this process's.
-        command: what starts it; answers /health once it is ready.
+    Results call it `name`. `arguments` follow the command, and the host and port that are chosen here; `environment` is
+    added to this process's. What `command` starts answers /health once it is ready.
 
     Raises:
         EvaluationError: it does not become healthy; the end of its log is in the message.

@@ -35,16 +35,10 @@ class RecallTrial:
 def make_trials(
     kind: str, tokenizer: Any, prose: list[int], length: int, depth: float, count: int, seed: int
 ) -> list[RecallTrial]:
-    """Seeded trials of one kind.
+    """Trials of one of KINDS, with `length` tokens before the answer; the same seed gives the same trials.
 
-    Args:
-        kind: one of KINDS.
-        tokenizer: the model's.
-        prose: token ids of running text, many times `length`.
-        length: tokens of the text before the answer.
-        depth: where the fact stands: 0 at the start of the text, 1 right before the question.
-        count: trials.
-        seed: of the generator; the same seed gives the same trials.
+    `prose` is token ids of running text, many times `length`. `depth` is where the fact stands: 0 at the start of the
+    text, 1 right before the question.
     """
     draw = random.Random(f"{kind} {length} {depth} {seed}")
     return [_TRIALS[kind](tokenizer, prose, length, depth, draw) for _ in range(count)]

@@ -25,14 +25,9 @@ def score_tails(
     step_tokens: int,
     advance: Callable[[], None],
 ) -> list[Tail]:
-    """Score the last `lengths[i]` tokens of each text with the filter's present settings.
+    """Score the last `lengths[i]` tokens of each text, fewer than it has, with the filter's present settings.
 
-    Args:
-        scorer: the engine.
-        texts: token ids.
-        lengths: tokens scored of each, fewer than it has.
-        step_tokens: tokens of each step.
-        advance: called once a text is done.
+    Texts, as token ids, are fed in steps of `step_tokens`; `advance` is called once one is done.
     """
     tails = [Tail() for _ in texts]
 

@@ -106,13 +106,8 @@ def run_task(
 ) -> tuple[dict[str, float], list[float]]:
     """Values (accuracy, normalised accuracy where the task has it, standard errors) and each row's 0 or 1.
 
-    Args:
-        scorer: the engine.
-        name: the task's name.
-        task: from `prepare_task`.
-        limit: rows, from the first; None for all.
-        step_tokens: tokens of each step.
-        advance: called once a continuation is scored.
+    `task` is what `prepare_task` made of the name. Its first `limit` rows (None: all) are scored in steps of
+    `step_tokens`; `advance` is called once a continuation is.
 
     Raises:
         EvaluationError: lm-eval cannot run it.

@@ -18,14 +18,10 @@ class InspectedText:
 
 
 def read_text(path: Path, chat: bool, tokenizer: Any, limit: int) -> InspectedText:
-    """The file's text in tokens, at most `limit` of them.
+    """A UTF-8 file's text in tokens of a fast tokenizer, at most `limit` of them.
 
-    Args:
-        path: UTF-8 text.
-        chat: the file is a conversation: a JSON list of messages with role and content (text, a list of text parts, or
-            null), or else the text of one message of the user. It is put into the model's chat template.
-        tokenizer: a fast tokenizer.
-        limit: tokens.
+    With `chat` it is a conversation: a JSON list of messages with role and content (text, a list of text parts, or
+    null), or else the text of one message of the user. It is put into the model's chat template.
 
     Raises:
         EvaluationError: the file cannot be read, is empty, or does not fit the model's chat template.

@@ -49,10 +49,7 @@ def default_model_path() -> Path:
 
 
 def resolve_model(model: str | None) -> tuple[str, str]:
-    """Where transformers and vLLM find a model, and what results call it.
-
-    Args:
-        model: path or Hugging Face id; None for the embedded one, which needs no hub.
+    """Where transformers and vLLM find a model, and what results call it; None is the embedded one, without a hub.
 
     Raises:
         ModelError: the embedded model cannot be made.

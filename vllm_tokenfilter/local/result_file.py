@@ -30,9 +30,7 @@ class ResultFile(BaseModel):
     def resume(cls: type[File], path: Path, **identity: Any) -> File:
         """A file with the provenance of this run and what an earlier one of the same identity measured; it is written.
 
-        Args:
-            path: of the file; need not exist.
-            identity: the fields that say what is measured.
+        The file at `path` need not exist; `identity` is the fields that say what is measured.
 
         Raises:
             EvaluationError: the file is of another kind or identity, or cannot be read or written.

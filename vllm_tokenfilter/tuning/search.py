@@ -85,14 +85,10 @@ def damage_of(score: Score, dense: Score) -> float:
 def search(
     tuner: Tuner, texts: list[TuningText], ratio: float, progress: Progress, known: Sequence[Score] = ()
 ) -> tuple[list[Score], FilterConfig]:
-    """Find which layers to prune, and say what the result costs.
+    """Find which layers to prune, for a mean over all layers of at least `ratio`, and say what the result costs.
 
-    Args:
-        tuner: the model.
-        texts: from `make_texts`.
-        ratio: mean over all layers, at least.
-        progress: see Progress.
-        known: "dense" and each layer alone, from an earlier run on the same texts; measured if there are none.
+    `texts` are from `make_texts`. `known` is "dense" and each layer alone, from an earlier run on the same texts; they
+    are measured if there are none.
 
     Returns:
         Every setting measured ("dense", each layer alone, "tuned", "uniform"), and the settings found.

@@ -40,10 +40,7 @@ class Tuner:
     """A model whose layers can be pruned one by one, without a server."""
 
     def __init__(self, model: Any) -> None:
-        """Watch the model's attention modules.
-
-        Args:
-            model: a causal language model of `transformers`, in evaluation mode.
+        """Watch the attention modules of a causal language model of `transformers`, in evaluation mode.
 
         Raises:
             EvaluationError: its layers cannot be told apart.
@@ -181,11 +178,9 @@ def _mean(values: list[float]) -> float:
 
 
 def load_model(path: str, device: str | None) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """A causal language model in evaluation mode, and its tokenizer, from a folder or by its Hugging Face id.
 
-    Args:
-        path: folder or Hugging Face id.
-        device: of PyTorch; None: a GPU if there is one.
+    `device` is one of PyTorch's; None: a GPU if there is one.
 
     Raises:
         EvaluationError: it cannot be loaded.

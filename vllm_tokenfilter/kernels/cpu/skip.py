@@ -97,13 +97,8 @@ class SkipState:
 def decide_skips(state: SkipState, layer: int, ratio_units: int) -> NDArray[np.uint8]:
     """Decide for every token of a step, all of them in the cache, whether one layer skips its attention.
 
-    Args:
-        state: the step; what is decided is written into it, and what is carried for its tokens.
-        layer: index into the cache's layers.
-        ratio_units: the layer's ratio in 1 / SKIP_UNITS.
-
-    Returns:
-        `state.skipped`.
+    Written into `state` (`skipped` is returned), with what is carried for its tokens. `layer` is an index into the
+    cache's layers, `ratio_units` the layer's ratio in 1 / SKIP_UNITS.
     """
     state.kernels.decide_skips(state.address, layer, ratio_units)
     return state.skipped
