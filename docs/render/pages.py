@@ -129,12 +129,12 @@ def configuration_page() -> str:
 
 def compatibility_page() -> str:
     """docs/compatibility.md: what is refused at start, and which layers and rows stay dense."""
-    from vllm_tokenfilter.integration.refusals import REFUSALS, SUPPORTED_VLLM
+    from vllm_tokenfilter.integration import versions
+    from vllm_tokenfilter.integration.refusals import REFUSALS
     from vllm_tokenfilter.layer_plan import DenseReason
 
-    version = ".".join(map(str, SUPPORTED_VLLM))
     rows = "\n".join(f"| `{refusal.setting}` | {refusal.reason} | {refusal.remedy} |" for refusal in REFUSALS)
-    return _COMPATIBILITY % (version, rows, "\n".join(f"- `{reason}`" for reason in DenseReason))
+    return _COMPATIBILITY % (versions.supported_names(), rows, "\n".join(f"- `{reason}`" for reason in DenseReason))
 
 
 def _code(names: Iterable[str]) -> str:

@@ -63,6 +63,7 @@ def test_the_plan_is_what_vllms_own_sizing_gives(started, monkeypatch, model, co
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+    from tests.vllm_moved import planning
     from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
 
     vllm_config = started.llm_engine.vllm_config
@@ -81,8 +82,8 @@ def test_the_plan_is_what_vllms_own_sizing_gives(started, monkeypatch, model, co
             else:
                 spec = FullAttentionSpec(**size)
             specs[f"layer.{row.index}"] = spec
-        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, specs)
-        sized = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, memory)
+        groups = planning.get_kv_cache_groups(vllm_config, specs)
+        sized = planning.get_kv_cache_config_from_groups(vllm_config, groups, memory)
         tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, sized)
         shape = Shape(layers, num_kv_heads=3, head_size=64, element_bytes=2, weight_bytes=0)
         planned = kv_capacity(

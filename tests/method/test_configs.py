@@ -15,13 +15,12 @@ FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.fixture(scope="module")
 def parser():
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from vllm_tokenfilter.integration.plugin import register
+    from vllm_tokenfilter.integration import plugin, versions
 
-    register()
-    return make_arg_parser(FlexibleArgumentParser())
+    plugin.register()
+    return versions.make_arg_parser(FlexibleArgumentParser())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -6,7 +6,7 @@ Works where vLLM's command does not: with the CPU package `vllm` dies at start, 
 import os
 
 from vllm_tokenfilter.errors import ConfigError
-from vllm_tokenfilter.integration import plugin, workarounds
+from vllm_tokenfilter.integration import plugin, versions, workarounds
 from vllm_tokenfilter.integration.server.arguments import server_arguments, server_parser
 
 
@@ -18,10 +18,9 @@ def run(flags: list[str], config_files: list[str], pruning_ratio: float | None) 
     """
     # What vLLM's own `main` does for `serve`.
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    cli_env_setup()
+    versions.cli_env_setup()
     plugin.register()
     arguments = server_arguments([*flags, *(f"--config={file}" for file in config_files)], pruning_ratio)
     # This command is the consent that vLLM asks for before a plugin may add routes.

@@ -57,7 +57,7 @@ def _mind_switches() -> None:
 
     Symptom: a pause that is asked for during a switch ends with it; a resume lets new requests into the drain; requests
     that wait for a switch are lost when the engine is asked to end.
-    Cause: vLLM 0.32 knows one pause at a time, and does not say who asked for it.
+    Cause: vLLM knows one pause at a time, and does not say who asked for it.
     Inert: an engine that does not switch does what it did.
     Delete when: vLLM counts who pauses its scheduler.
     """

@@ -10,18 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import vllm
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CacheConfig, CompilationMode, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
+from vllm_tokenfilter.integration import versions
 from vllm_tokenfilter.kernels.rules import GPU_SELECTORS, MAX_CHUNK_SIZE
 from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
-SUPPORTED_VLLM = (0, 32)
 #: Our schedulers' module; see `scheduler.py` there.
 SCHEDULERS = "vllm_tokenfilter.integration.scheduler."
 
@@ -79,11 +78,6 @@ def require_supported(vllm_config: VllmConfig) -> FilterConfig:
     return config
 
 
-def vllm_version() -> str | None:
-    """The version of vLLM if it is not one we are made for."""
-    return None if vllm.__version_tuple__[:2] == SUPPORTED_VLLM else vllm.__version__
-
-
 def _num_layers(vllm_config: VllmConfig) -> int:
     return vllm_config.model_config.get_total_num_hidden_layers()
 
@@ -109,9 +103,9 @@ def _nothing_filtered(vllm_config: VllmConfig, config: FilterConfig) -> str | No
 
 VERSION = Refusal(
     "vllm",
-    "is not the version this plugin is made for",
-    f"install vLLM {SUPPORTED_VLLM[0]}.{SUPPORTED_VLLM[1]}",
-    lambda vllm_config, config: vllm_version(),
+    "is not a version this plugin is made for",
+    f"install vLLM {versions.supported_names()}",
+    lambda vllm_config, config: versions.unsupported(),
 )
 REFUSALS = (
     VERSION,
@@ -205,12 +199,24 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "model",
+        "decides itself which layers share a block table, and filtered layers need one of their own",
+        "serve it with another --attention-backend",
+        lambda vllm_config, config: versions.groups_its_own_cache(vllm_config) and vllm_config.model_config.model,
+    ),
+    Refusal(
         "runner",
         "generates no tokens, so nothing would be filtered",
         "serve pooling models with another --attention-backend",
         lambda vllm_config, config: (
             vllm_config.model_config.runner_type if vllm_config.model_config.runner_type != "generate" else None
         ),
+    ),
+    Refusal(
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "chooses a model runner whose lengths and block tables are made for GPUs",
+        "leave it out on CPU",
+        lambda vllm_config, config: current_platform.is_cpu() and vllm_config.use_v2_model_runner,
     ),
     Refusal(
         "attention_config.backend_per_kind",
@@ -292,9 +298,7 @@ REFUSALS = (
         "must be a multiple of 32, which the CPU attention kernels need",
         "use a multiple of 32, such as 128, or leave it out",
         lambda vllm_config, config: (
-            current_platform.is_cpu()
-            and (vllm_config.cache_config.block_size or 32) % 32
-            and vllm_config.cache_config.block_size
+            current_platform.is_cpu() and _chosen_block_size(vllm_config) % 32 and vllm_config.cache_config.block_size
         ),
     ),
     Refusal(
@@ -335,9 +339,6 @@ def _unshareable_prefixes(vllm_config: VllmConfig, config: FilterConfig) -> str 
     cache_config = vllm_config.cache_config
     if not cache_config.enable_prefix_caching or config.pruning_ratio == 0:
         return None
-    # A block size that is still open is the platform's to choose; asked again when the first layer is built.
-    if cache_config.block_size is None:
-        return None
     layouts = {layout for layout in _layouts(vllm_config, config) if layout is not None}
     if can_share_prefixes(config, layouts, cache_config.block_size):
         return None
@@ -357,6 +358,13 @@ def kept_of(config: FilterConfig) -> str:
         f"selector={config.selector}, chunk_size={config.chunk_size} and pruning_ratio={config.pruning_ratio:g} "
         f"({config.layout.kept_per_chunk} tokens kept)"
     )
+
+
+def _chosen_block_size(vllm_config: VllmConfig) -> int:
+    """Tokens per block as the user or the platform chose it; 0 while it is vLLM's default, the platform's to change."""
+    cache_config = vllm_config.cache_config
+    is_open = not cache_config.user_specified_block_size and cache_config.block_size == CacheConfig.DEFAULT_BLOCK_SIZE
+    return 0 if is_open else cache_config.block_size
 
 
 def _one_kind_of_blocks(vllm_config: VllmConfig, config: FilterConfig) -> bool:

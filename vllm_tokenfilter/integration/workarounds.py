@@ -1,4 +1,4 @@
-"""Where vLLM 0.32 has no hook: each patch with its symptom, its cause, why it is safe twice, and when to delete it.
+"""Where vLLM has no hook: each patch with its symptom, its cause, why it is safe twice, and when to delete it.
 
 Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`), vllm/v1/engine/core.py (`EngineCore`),
 vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py,
@@ -20,7 +20,7 @@ from vllm.usage.usage_lib import UsageContext
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, understood
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
-from vllm_tokenfilter.integration import refusals, registration
+from vllm_tokenfilter.integration import refusals, registration, versions
 from vllm_tokenfilter.layer_plan import LayerPlan
 from vllm_tokenfilter.layout import Layout
 
@@ -42,7 +42,7 @@ def check_engine_configs() -> None:
 
     Symptom: defaults that do not fit filtered blocks (block size, prefill steps, prefix caching where chunks fill no
     whole blocks), and a refused setting shows up as a traceback in a worker after the model is loaded.
-    Cause: vLLM 0.32 lets no plugin see the configuration in the process that makes it; the copies in the workers come
+    Cause: vLLM lets no plugin see the configuration in the process that makes it; the copies in the workers come
     too late to change the scheduler's. What was asked for and what is default is only visible in the arguments.
     Twice is safe: the wrapper is marked. Inert: arguments that do not select us go straight through.
     Delete when: vLLM gives plugins a hook on `VllmConfig`.
@@ -74,7 +74,7 @@ def extend_engine_core() -> None:
     """Give vLLM's engine core our utility methods, in each process that runs one.
 
     Symptom: nobody can ask the scheduler how many blocks filtered layers hold, or give it another ratio.
-    Cause: vLLM 0.32 lets plugins add methods to workers (`worker_extension_cls`), but not to the engine core.
+    Cause: vLLM lets plugins add methods to workers (`worker_extension_cls`), but not to the engine core.
     Twice is safe: set to the same functions, wrappers marked. Inert: without a switch, calls go straight through.
     Delete when: vLLM takes an extension of its engine core.
     """
@@ -89,7 +89,7 @@ def refuse_opting_out() -> None:
     """Answer a request that wants a ratio of its own with a refusal.
 
     Symptom: `vllm_xargs: {"token_filtering": 0}` would be ignored in silence.
-    Cause: vLLM 0.32 lets plugins look at a request's parameters only as logits processors, which then take part in
+    Cause: vLLM lets plugins look at a request's parameters only as logits processors, which then take part in
     every step. Parameters of a beam search have no room for it, and a stream has begun before the engine's are checked,
     so a server looks at the request itself.
     Twice is safe: the wrappers are marked. Inert: a request without the key goes straight through.
@@ -150,7 +150,7 @@ def fail_with_the_engine() -> None:
     """End a server whose engine died with status 1.
 
     Symptom: it ends with status 0, so whoever restarts it on failure does not.
-    Cause: vLLM 0.32 lets the server of such an engine end as one that was asked to.
+    Cause: vLLM lets the server of such an engine end as one that was asked to.
     Twice is safe: the wrapper is marked. Inert: a server that is asked to end shuts its engine down first, and keeps
     the status it had.
     Delete when: vLLM's server ends with another status by itself.
@@ -189,7 +189,7 @@ def name_metrics_plugin() -> None:
     """Have our endpoint plugin for metrics loaded wherever the backend is selected.
 
     Symptom: a plain `vllm serve` has none of our metrics.
-    Cause: vLLM 0.32 loads an endpoint plugin only if VLLM_PLUGINS names it, because it may add routes; this one adds
+    Cause: vLLM loads an endpoint plugin only if VLLM_PLUGINS names it, because it may add routes; this one adds
     none. No other plugin that a server loads by itself can ask the engines anything.
     Twice is safe: a name is added once. Inert: all plugins that would have been loaded are named too, and if naming one
     would load routes of another package, nothing is done and the log says so.
@@ -246,7 +246,7 @@ def _select(args: EngineArgs) -> bool:
 
 def _prepare(args: EngineArgs, usage: UsageContext | None) -> None:
     config = FilterConfig.within(args.additional_config)
-    if (version := refusals.vllm_version()) is not None:
+    if (version := versions.unsupported()) is not None:
         raise UnsupportedError([refusals.VERSION.sentence(version)])
     if config.pruning_ratio > 0:
         _choose_blocks(args, config)

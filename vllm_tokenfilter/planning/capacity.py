@@ -3,7 +3,7 @@
 vLLM sorts layers into KV-cache groups of equal width that draw blocks from one pool, and divides the pool by the
 blocks that one request of the longest length needs. Our layers need blocks for their peak (`layout.peak_slots`).
 
-Source: vllm/v1/core/kv_cache_utils.py (`_get_kv_cache_groups_uniform_page_size`, `get_kv_cache_config_from_groups`,
+Source: vllm/v1/core/kv_cache_*.py (`_get_kv_cache_groups_uniform_page_size`, `get_kv_cache_config_from_groups`,
 `get_max_concurrency_for_kv_cache_config`); docs/memory.md.
 """
 

@@ -210,7 +210,7 @@ def test_what_stands_beside_a_backend_that_is_not_taken_is_kept(parse):
         ([], "headless: [a]", "headless=['a'] must be one value, not a list"),
         ([], "port: [8000, 8001]", "port=[8000, 8001] must be one value, not a list"),
         ([], "max-model-l: [8000, 8001]", "max-model-l=[8000, 8001] must be one value, not a list"),
-        ([], "enable-prefix-caching: 'false'", "argument --enable-prefix-caching/--no-enable-prefix-caching: ignored"),
+        ([], "enable-prefix-caching: 'false'", "argument --enable-prefix-caching/"),
         ([], "config: other.yaml", "config is given twice (other.yaml, "),
         ([], "pruning-ratio: 1.25", "pruning_ratio=1.25 is refused"),
         ([], "token_filtering: {pruning_ratio: 0.25}", "unrecognized arguments: --token-filtering"),

@@ -84,7 +84,7 @@ def check_written(path, given):
     answer = settle(path, content)
     if isinstance(answer, str):
         assert "\n" not in answer
-        named = [str(key).replace("_", "-").partition(".")[0].partition("=")[0].strip() for key in others]
+        named = [" ".join(str(key).replace("_", "-").partition(".")[0].partition("=")[0].split()) for key in others]
         # A sentence names the setting it refuses: a key of the file, or one of our settings.
         assert any(name in answer.replace("_", "-") for name in [*named, *(n.replace("_", "-") for n in ours)]), answer
         return

@@ -11,9 +11,9 @@ import yaml
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_tokenfilter.integration import versions
 from vllm_tokenfilter.integration.server.arguments import SHUTDOWN_TIMEOUT_S, server_arguments, server_parser
 
 MODEL = "some/model"
@@ -92,7 +92,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def parser():
-    return make_arg_parser(FlexibleArgumentParser())
+    return versions.make_arg_parser(FlexibleArgumentParser())
 
 
 def spelled(parsed):

@@ -3,7 +3,7 @@
 vLLM's own parser says which option a word means, so that abbreviations, underscores, dotted flags and JSON are read as
 `vllm serve` reads them; their values stay as they were typed, for vLLM to check.
 
-Source: vllm/utils/argparse_utils.py (`FlexibleArgumentParser`), vllm/entrypoints/launchers/cli_args.py.
+Source: vllm/utils/argparse_utils.py (`FlexibleArgumentParser`).
 """
 
 import argparse
@@ -15,12 +15,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import huggingface_hub
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, merged
 from vllm_tokenfilter.errors import ConfigError
-from vllm_tokenfilter.integration import registration
+from vllm_tokenfilter.integration import registration, versions
 from vllm_tokenfilter.local.models import MODEL_NAME, default_model_path
 from vllm_tokenfilter.local.settings_file import read_additional_config, read_config_file
 
@@ -206,18 +205,20 @@ class _Collect(argparse.Action):
 def server_parser() -> FlexibleArgumentParser:
     """The parser of `vllm serve`, which checks names of backends as it reads them."""
     registration.register_names()
-    return make_arg_parser(_Parser(prog="vllm-tokenfilter serve"))
+    return versions.make_arg_parser(_Parser(prog="vllm-tokenfilter serve"))
 
 
 @functools.cache
 def _reader() -> _Parser:
     """The same options, their values left as they are."""
     reader = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    # An action may be known by more flags than it lists: vLLM hides old spellings from its help.
     for action in server_parser()._actions:
         if not action.option_strings:
             reader.add_argument(action.dest, nargs=action.nargs, action=_Collect)
         elif action.dest != "help":
-            reader.add_argument(*action.option_strings, dest=action.dest, nargs=action.nargs, action=_Collect)
+            flags = [flag for flag, found in server_parser()._option_string_actions.items() if found is action]
+            reader.add_argument(*flags, dest=action.dest, nargs=action.nargs, action=_Collect)
     for name, kind in OUR_FLAGS.items():
         reader.add_argument(f"--{name.replace('_', '-')}", type=kind, action=_Collect)
     return reader

@@ -15,7 +15,6 @@ import time
 from argparse import Namespace
 from typing import Any
 
-import vllm
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import State
@@ -26,7 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_tokenfilter import __version__
 from vllm_tokenfilter.config import SKIP_UNITS
-from vllm_tokenfilter.integration import refusals, registration, workarounds
+from vllm_tokenfilter.integration import refusals, registration, versions, workarounds
 from vllm_tokenfilter.integration.server.metrics import Exporter
 from vllm_tokenfilter.integration.status import Status, merge_engines
 from vllm_tokenfilter.layer_plan import ranges
@@ -176,7 +175,7 @@ def report(status: Status, model: str) -> dict[str, Any]:
             {"setting": refusal.setting, "reason": refusal.reason, "remedy": refusal.remedy}
             for refusal in refusals.REFUSALS
         ],
-        "versions": {"vllm_tokenfilter": __version__, "vllm": vllm.__version__},
+        "versions": {"vllm_tokenfilter": __version__, "vllm": versions.INSTALLED},
     }
 
 
