@@ -28,6 +28,8 @@ class Settings:
     dense_layers: tuple[int, ...] = ()
     # layer -> tokens a chunk keeps, where layers differ; a layer that is not in it is dense
     kept_of: dict[int, int] | None = None
+    # layer -> the layer whose keys and values it reads, instead of any of its own
+    reads: dict[int, int] = field(default_factory=dict)
     # attention skipping: the share of each layer, what stands for a skipped attention, and how
     skip: tuple[float, ...] = ()
     substitute: str = "none"
@@ -35,6 +37,8 @@ class Settings:
     warmup: int = 64
 
     def K(self, layer):
+        if layer in self.reads:
+            return self.C
         if self.kept_of is not None:
             return self.kept_of.get(layer, self.C)
         return self.C if layer in self.dense_layers else self.C - round(self.ratio * self.C)
@@ -248,10 +252,14 @@ def run(model, tokens, steps, settings, backend_choice=None, tie=1e-4, taken_ove
             k = attention.k_proj(normed).view(shape).transpose(1, 2)
             v = attention.v_proj(normed).view(shape).transpose(1, 2)
             q, k = apply_rotary_pos_emb(q, k, cos[:, computed:end], sin[:, computed:end])
-            keys[index] = torch.cat([keys[index], k], 2) if computed else k
-            values[index] = torch.cat([values[index], v], 2) if computed else v
+            owner = settings.reads.get(index, index)
+            if owner != index:
+                keys[index], values[index] = keys[owner], values[owner]
+            else:
+                keys[index] = torch.cat([keys[index], k], 2) if computed else k
+                values[index] = torch.cat([values[index], v], 2) if computed else v
             mask = torch.arange(end)[None, :] <= torch.arange(computed, end)[:, None]
-            mask = mask & visible[index, :end]
+            mask = mask & visible[owner, :end]
             scores = q @ repeat_kv(keys[index], group).transpose(2, 3) * attention.scaling
             weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
             out = (weights @ repeat_kv(values[index], group)).transpose(1, 2).reshape(1, step, -1)

@@ -105,10 +105,12 @@ class LayerPlan(BaseModel, frozen=True):
         """
         rows, settings = [], config.layer_settings(num_layers)
         facts = dict.fromkeys(range(num_layers), LayerFacts()) if facts is None else facts
+        # A layer that reads another's cache finds it as that layer left it, who must leave it as all of them can read.
+        owner = {index: index if own.reads is None else own.reads for index, own in facts.items()}
+        unfit = {owner[index]: own.unfit for index, own in facts.items() if own.unfit}
         for index, own in sorted(facts.items()):
-            # A layer that reads another's cache finds it as that layer left it.
-            ratio, layout, _ = settings[index if own.reads is None else own.reads]
-            dense = own.unfit
+            ratio, layout, _ = settings[owner[index]]
+            dense = own.unfit or unfit.get(owner[index])
             if dense is None and layout is None:
                 dense = DenseReason.CONFIGURED if config.pruning_ratio else DenseReason.RATIO_ZERO
             units = round(settings[index][2] * SKIP_UNITS)

@@ -344,3 +344,17 @@ def test_a_tensor_parallel_group_gathers_over_a_dimension():
     assert list(inspect.signature(GroupCoordinator.all_gather).parameters)[:3] == ["self", "input_", "dim"], (
         "integration/gpu/backend.py joins the ranks' scores over the heads"
     )
+
+
+def test_layers_that_read_anothers_cache_share_its_attention_group_if_they_share_its_class_and_query_heads():
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+    from vllm.v1.worker import utils
+
+    ours = "integration/layers.py gives readers their owners' class, so that one builder makes the metadata of both"
+    groups = [KVCacheGroupSpec(["a"], None), KVCacheGroupSpec(["b"], None)]
+    utils.add_kv_sharing_layers_to_kv_cache_groups({"c": "a"}, groups)
+    assert [group.layer_names for group in groups] == [["a", "c"], ["b"]], ours
+    v1, v2 = source("v1", "worker", "gpu_model_runner.py"), source("v1", "worker", "gpu", "attn_utils.py")
+    assert "key = (full_cls_name, layer_kv_cache_spec, num_heads_q)" in v1, ours
+    assert "key = (attn_backend.full_cls_name(), layer_kv_cache_spec, num_heads_q)" in v2, ours
+    assert v1.count('getattr(layers[layer_name], "num_heads", 0)') == 1, ours

@@ -1,7 +1,7 @@
 """Greedy tokens from vLLM's GPU engine, and what was computed when and kept; argv is a JSON object.
 
 `python tests/gpu_dryrun/generate.py '{"model": FOLDER, "rounds": [[[ids]]], "new_tokens": 8, "out": FILE, "llm": {},
-"pretend": true}'`; with "pretend" there need be no GPU.
+"pretend": true}'`; with "pretend" there need be no GPU. "reads" (see tests/sharing.py) may be left out.
 """
 
 import json
@@ -85,6 +85,12 @@ def main(task):
         settings["kernel_config"] = {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}
     from vllm import LLM, SamplingParams
 
+    if "reads" in task:
+        from vllm.model_executor.models import llama
+
+        from tests.sharing import reading_attention
+
+        llama.Attention = reading_attention({int(reader): owner for reader, owner in task["reads"].items()})
     seals, steps, skips = [], {}, []
     watch(seals, steps, skips)
     llm = LLM(model=task["model"], **{**settings, **task["llm"]})

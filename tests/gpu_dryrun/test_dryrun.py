@@ -54,7 +54,7 @@ def prompt(length, seed):
     return [draw.randrange(3, 512) for _ in range(length)]
 
 
-def generate(folder, out, rounds, filtering, v2, python=PYTHON, pretend=True, logprobs=None, **llm):
+def generate(folder, out, rounds, filtering, v2, python=PYTHON, pretend=True, logprobs=None, reads=None, **llm):
     """What `generate.py` found; stock vLLM where `filtering` is None."""
     ours = {
         "attention_backend": "TOKEN_FILTERING",
@@ -72,6 +72,7 @@ def generate(folder, out, rounds, filtering, v2, python=PYTHON, pretend=True, lo
             **({} if filtering is None else ours),
             **llm,
         },
+        **({"reads": reads} if reads else {}),
     }  # fmt: skip
     done = subprocess.run(
         [python, "tests/gpu_dryrun/generate.py", json.dumps(task)],
@@ -165,6 +166,18 @@ def test_a_request_that_hits_the_prefix_cache_beside_dense_layers_gives_the_refe
     )
     assert results[1][0] > 0
     assert found["status"]["layers"]["dense"] == {"configured_dense": [1]}
+
+
+@pytest.mark.parametrize("v2", [True, False], ids=["model runner v2", "model runner v1"])
+def test_a_layer_that_reads_anothers_cache_finds_what_the_owner_kept(tiny, tmp_path, v2):
+    model, folder = tiny
+    prompts = [prompt(length, length) for length in LENGTHS[:3]]
+    found = generate(
+        folder, tmp_path / "out.json", [prompts], {"pruning_ratio": 0.5}, v2, reads={1: 0}, enable_prefix_caching=False
+    )
+    assert found["status"]["layers"]["filtered"] == [0] and found["status"]["layers"]["dense"] == {}
+    hold_to_reference(model, found, prompts, reference.Settings(ratio=0.5, reads={1: 0}))
+    assert found["status"]["counters"]["tokens_pruned"] > 0
 
 
 SKIPPING = {

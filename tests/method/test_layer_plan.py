@@ -42,6 +42,14 @@ def test_a_layer_finds_the_cache_it_reads_as_the_owner_left_it_and_does_not_skip
     assert found.skipping == [0, 1] and found.unskipped == {"reads_another_layers_cache": [2, 3]}
 
 
+@pytest.mark.parametrize(
+    "facts", [(FULL, LayerFacts(alibi=True, reads=0), LayerFacts(reads=0)), (ALIBI, LayerFacts(reads=0))]
+)
+def test_a_cache_is_filtered_only_if_all_who_read_it_can_read_it_so(facts):
+    found = plan({"pruning_ratio": 0.5}, *facts)
+    assert not found.layouts and found.dense == {"alibi_layer": list(range(len(facts)))}
+
+
 def test_learned_sinks_are_in_the_way_of_the_windows_substitute_alone():
     sinks = LayerFacts(learned_sinks=True)
     skipping = {"ratio": 0.25, "substitute": "window"}

@@ -3,7 +3,9 @@
 vLLM asks a layer's backend class for the spec, without saying which layer asks. So each filtered layer gets a class
 that knows its layout; layers that stay dense keep vLLM's own spec, and form KV-cache groups of their own.
 
-Source: vllm/model_executor/layers/attention/attention.py (`get_kv_cache_spec`, `process_weights_after_loading`).
+Source: vllm/model_executor/layers/attention/attention.py (`get_kv_cache_spec`, `process_weights_after_loading`);
+vllm/v1/worker/gpu/attn_utils.py (`init_attn_backend`), vllm/v1/worker/utils.py
+(`add_kv_sharing_layers_to_kv_cache_groups`).
 """
 
 import functools
@@ -41,10 +43,10 @@ def layers_by_index(vllm_config: VllmConfig, names: Sequence[str] | None = None)
 
 
 def give_filtered_layers_their_spec(plan: LayerPlan, vllm_config: VllmConfig) -> None:
-    """Let filtered layers ask for blocks by what they store."""
+    """Let filtered layers ask for blocks by what they store; one that reads their cache joins their attention group."""
     layers, max_step_tokens = layers_by_index(vllm_config), longest_step(vllm_config)
     for row in plan.rows:
-        if row.filtered:
+        if row.layout is not None:
             layer = layers[row.index]
             layer.attn_backend = _backend_of_filtered_layers(layer.attn_backend, row.layout, max_step_tokens)
 
@@ -92,9 +94,12 @@ def _facts(layer: Attention, vllm_config: VllmConfig) -> LayerFacts:
 
 
 def _kind(layer: Attention, vllm_config: VllmConfig) -> Literal["full", "sliding", "chunked", "other"]:
-    spec = layer.get_kv_cache_spec(vllm_config)
+    spec, owner = layer.get_kv_cache_spec(vllm_config), layer.kv_sharing_target_layer_name
     if layer.sliding_window is not None or isinstance(spec, SlidingWindowSpec):
         return "sliding"
     if isinstance(spec, ChunkedLocalAttentionSpec):
         return "chunked"
+    # Readers with other query heads than the owner's get a metadata builder of their own, which seals nothing.
+    if owner is not None and vllm_config.compilation_config.static_forward_context[owner].num_heads != layer.num_heads:
+        return "other"
     return "full" if type(spec) in (FullAttentionSpec, FilteredAttentionSpec) else "other"

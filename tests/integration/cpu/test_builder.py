@@ -9,10 +9,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.cpu import sealing
 from vllm_tokenfilter.integration.cpu.builder import TokenFilteringMetadataBuilder
 from vllm_tokenfilter.integration.offline.mixed_layouts import OfflineBuilder
+from vllm_tokenfilter.layer_plan import LayerFacts, LayerPlan
 from vllm_tokenfilter.layout import Layout
 
 BLOCK = 32
@@ -21,7 +23,7 @@ LAYOUT = Layout(chunk_size=64, kept_per_chunk=32, recent_window=64, sink_tokens=
 
 @pytest.fixture
 def make(monkeypatch):
-    """Makes a builder of one layer; `sealed` of it lists the due seals that were run."""
+    """Makes a builder of one layer and its reader; `sealed` of it lists the due seals that were run."""
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda self, prefix, common, fast: common)
     monkeypatch.setattr(sealing, "seal", lambda due, *rest: due)
 
@@ -31,6 +33,8 @@ def make(monkeypatch):
         builder.due = builder.skipping = None
         builder.skipping_layers, builder._layers, builder._shares = [], {0: None}, shares
         builder._dense_reason = "" if layout else "configured_dense"
+        # The second layer reads the first one's cache.
+        builder.plan = LayerPlan.of(FilterConfig(), 2, {0: LayerFacts(), 1: LayerFacts(reads=0)})
         builder._cache = "the cache"
         return builder
 
@@ -70,7 +74,7 @@ def test_a_row_reads_what_is_stored_and_writes_behind_it(make):
     assert made.slot_mapping is now.slot_mapping, "the forward holds the same tensor"
     assert now.slot_mapping.tolist() == [5 * BLOCK + 136 - 128, 20 * BLOCK + 30]
     assert (builder.counters.rows_filtered, builder.counters.rows_dense) == (1, {"shorter_than_window_and_chunk": 1})
-    assert (builder.counters.reads_dense, builder.counters.reads_done) == (201 + 31, 201 + 31 - 64)
+    assert (builder.counters.reads_dense, builder.counters.reads_done) == (2 * (201 + 31), 2 * (201 + 31 - 64))
 
 
 def test_what_a_step_makes_due_is_sealed_before_the_next_and_once(make):
@@ -112,14 +116,6 @@ def test_dense_layers_pass_through_and_are_counted_with_their_reason(make):
     now = step([200], [1], [blocks(1)])
     assert builder.build(0, now) is now and builder.due is None
     assert builder.counters.rows_dense == {"configured_dense": 1}
-
-
-def test_layers_that_read_another_groups_cache_read_what_is_stored_and_seal_nothing(make):
-    builder = make()
-    builder._layers = {}
-    builder.build(0, step([0], [200], [blocks(1)]))
-    assert builder.due is None
-    assert builder.build(0, step([200], [1], [blocks(1)])).seq_lens.tolist() == [201 - 64]
 
 
 def test_offline_the_layers_of_one_layout_write_without_moving_those_of_another(make):

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
 from vllm_tokenfilter.integration import lifecycle, plugin, worker
 from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
@@ -91,6 +91,30 @@ def test_layers_are_planned_by_what_vllm_knows_of_them_and_ask_for_blocks_by_it(
     (block,) = logged
     assert block.startswith("Token Filtering is on: backend TOKEN_FILTERING over CPU_ATTN\n  layers filtered: 0\n")
     assert "  layers that cannot skip: 4 (reads_another_layers_cache)" in block
+
+
+@pytest.fixture
+def groups_of(monkeypatch):
+    """Forms the attention groups of a KV-cache group as Model Runner V2 does, and gives the layers of each."""
+    attn_utils = pytest.importorskip("vllm.v1.worker.gpu.attn_utils")
+    monkeypatch.setattr(attn_utils.AttentionGroup, "create_metadata_builders", lambda self, **arguments: None)
+    monkeypatch.setattr(attn_utils, "get_attn_cg_support", lambda groups, vllm_config: None)
+    monkeypatch.setattr(attn_utils, "prepare_kernel_block_sizes", lambda *arguments: [])
+
+    def formed(vllm_config, layers, owners):
+        groups = [KVCacheGroupSpec([NAME.format(i)], spec_of(layers[i], vllm_config)) for i in owners]
+        config = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
+        monkeypatch.setattr(attn_utils.AttentionGroup, "metadata_builders", [], raising=False)
+        found, _, _ = attn_utils.init_attn_backend(config, vllm_config, torch.device("cpu"))
+        return [[group.layer_names for group in groups] for groups in found]
+
+    return formed
+
+
+def test_a_layer_that_reads_anothers_cache_has_its_metadata_from_the_same_builder(load, groups_of):
+    """A builder of its own would know nothing of what was removed, or seal it twice."""
+    vllm_config, layers = load({"dense_layers": [1]})
+    assert groups_of(vllm_config, layers, [0, 1]) == [[[NAME.format(0), NAME.format(4)]], [[NAME.format(1)]]]
 
 
 def test_a_pipeline_stage_plans_its_own_layers_by_their_place_in_the_model(load):

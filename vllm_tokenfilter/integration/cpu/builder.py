@@ -103,7 +103,7 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
                     common = common.replace(block_table_tensor=torch.from_numpy(tables))
             removed = removed_tokens(num_computed, layout, shared_chunks)
             plan = plan_seals(num_computed, seq_lens, self.block_size, layout, shared_chunks)
-            if plan is not None and self._layers:
+            if plan is not None:
                 self.due = DueSeals.snapshot(plan, tables, shared_chunks)
             if removed.any():
                 first_slots, stored = num_computed - removed, seq_lens - removed
@@ -155,7 +155,7 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
         self.counters.tokens_seen += int(query_lens.sum())
         decoding = query_lens == 1
         dense, filtered = int(seq_lens[decoding].sum()), int((seq_lens - removed)[decoding].sum())
-        self.counters.count_reads(dense, filtered, len(self._layers), len(self.skipping_layers))
+        self.counters.count_reads(dense, filtered, len(self.plan.rows), len(self.skipping_layers))
         if self.layout is None:
             self.counters.rows_dense[self._dense_reason] += len(query_lens)
         else:

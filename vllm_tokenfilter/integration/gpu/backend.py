@@ -70,6 +70,8 @@ class FilteringBuilder(CountingBuilder):
         self._num_skipping = len(skipping)
         self._steps = self._make_steps(filtered, kv_cache_spec, vllm_config, device) if filtered else None
         self.counters = self._steps.counters if self._steps else StepCounters()
+        if self._steps:
+            self._steps.readers = len(self.plan.rows) - len(filtered)
         if skipping:
             scheduler = vllm_config.scheduler_config
             captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]

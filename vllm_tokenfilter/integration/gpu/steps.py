@@ -153,6 +153,7 @@ class FilteredSteps:
 
     Attributes:
         counters: what was done.
+        readers: layers that read the cache of those it seals.
         clock: what brings `counters.seal_seconds` up to date.
     """
 
@@ -185,7 +186,7 @@ class FilteredSteps:
             common: of the model's groups; None for a group by itself.
         """
         self.config, self.layout = config, layout
-        self.counters = StepCounters()
+        self.counters, self.readers = StepCounters(), 0
         self.clock = SealClock(self.counters, device)
         self._block_size, self._mark_blocks = block_size, mark_blocks
         self._buffers = StepBuffers.make(max_num_reqs, max_blocks if mark_blocks else 0, device)
@@ -245,7 +246,7 @@ class FilteredSteps:
         of_layout = LayoutStep.of(lengths, self.layout, self._block_size)
         max_seq_len = step.max_seq_len
         if not capturing and lengths.num_real:
-            self._count(lengths, of_layout, len(self._cache.layer_addresses))
+            self._count(lengths, of_layout, len(self._cache.layer_addresses) + self.readers)
             if (plan := of_layout.plan) is not None:
                 shared_chunks = buffers.shared_chunks[:num_reqs]
                 self._due = DueSealsOnDevice.snapshot(plan, table, shared_chunks, of_layout.due)
