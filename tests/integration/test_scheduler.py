@@ -24,7 +24,7 @@ LONGEST = 2048
 class Crowd:
     """A scheduler, and the steps that it makes of requests that come and go."""
 
-    def __init__(self, model_path, kind, budget, settings, num_blocks=70):
+    def __init__(self, model_path, kind, budget, settings, num_blocks=60):
         from vllm.engine.arg_utils import EngineArgs
 
         config = EngineArgs(
@@ -94,8 +94,8 @@ class Crowd:
             if joined < count and draw.random() < 0.3:
                 name, joined = f"request{joined}", joined + 1
                 alive.append(name)
-                length = draw.choice((draw.randrange(1, 200), draw.randrange(100, 1500)))
-                self.add(name, length, draw.randrange(1, 200), draw.randrange(3))
+                length = draw.choice((draw.randrange(1, 400), draw.randrange(100, 1500)))
+                self.add(name, length, draw.randrange(1, 400), draw.randrange(3))
             if alive and draw.random() < 0.01:
                 self.abort(alive.pop(draw.randrange(len(alive))))
             self.step()
