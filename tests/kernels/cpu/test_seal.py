@@ -307,3 +307,34 @@ def test_ranks_that_share_the_heads_choose_and_move_like_one(dtype, heads, repli
         assert all((own == all_heads).all() for own, all_heads in zip(chosen, expected, strict=True))
         assert np.array_equal(saved, whole_saved)
         assert torch.equal(storage[:, :, 0], whole[:, :, rank // replicas])
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_else_a_step_seals_changes_no_bit(name):
+    """Each row alone, and all of them in another order over several threads."""
+    dtype, heads, dims, block_size, chunk, keep, window, sinks, terms, transposed = CASES[1]
+    layout = Layout(chunk, keep, window, sinks, terms)
+    rule, lengths = ScoreRule.of(settings(layout, **RULES[name])), [window + chunk, window + 5 * chunk + 7, 3 * window]
+    per_row = -(-max(lengths) // block_size)
+    tables = np.random.default_rng(0).permutation(3 * per_row).reshape(3, -1).astype(np.int32)
+
+    def sealed(batch, threads):
+        storage, cache = make_cache(dtype, 2, 3 * per_row, heads, block_size, dims, transposed)
+        saved = np.zeros((2, cache.num_blocks * block_size), np.float32)
+        for row in batch:
+            for layer, (keys, values) in enumerate(zip(*prose(2, heads, lengths[row], dims, dtype, row), strict=True)):
+                key_places, value_places = places(cache, layer, tables[row], lengths[row])
+                storage.view(-1)[key_places], storage.view(-1)[value_places] = keys, values
+        last = np.array([(lengths[row] - window) // chunk for row in batch])
+        none = [0] * len(batch)
+        due = due_seals(tables[batch], [lengths[row] for row in batch], none, last, none)
+        chosen = np.split(seal_chunks(cache, saved, due, layout, rule, np.arange(2), threads), np.cumsum(last)[:-1], 1)
+        scores = saved.reshape(2, -1, block_size)
+        blocks = {row: tables[row].astype(np.int64) for row in batch}
+        return {
+            row: (chosen[i].tolist(), storage[:, blocks[row]].tolist(), scores[:, blocks[row]].tolist())
+            for i, row in enumerate(batch)
+        }
+
+    alone = sealed([0], 1) | sealed([1], 1) | sealed([2], 1)
+    assert sealed([2, 0, 1], 3) == alone == sealed([1, 2, 0], 1)

@@ -282,3 +282,29 @@ def test_means_of_outputs_go_on_across_steps_and_blocks():
         else:
             assert np.array_equal(own, out)
             mean, weight = 0.9 * mean + 0.1 * out, 0.9 * weight + 0.1
+
+
+@pytest.mark.parametrize("encoding", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_what_else_a_step_decides_changes_no_bit(encoding):
+    """Two requests, each alone and both in one step, over several threads."""
+    blocks, rule = (
+        np.random.default_rng(0).permutation(BLOCKS)[:12],
+        SkipRule(TERMS, "variance_aware", 0.9, 48, 20, 4, 16),
+    )
+    cache = make_cache(*text_of("drifting", 12 * BLOCK), blocks, encoding)
+    tables = blocks.reshape(2, 6).astype(np.int32)
+
+    def feed(rows, threads):
+        room, found = make_room(), {row: [] for row in rows}
+        for step in ((70, 1), (1, 90), (33, 1), (60, 90)):
+            done = np.array([sum(map(len, found[row])) for row in rows], np.int64)
+            starts = np.cumsum([0, *(step[row] for row in rows)], dtype=np.int64)
+            state = skip.SkipState(
+                cache, rule, skip.SkipRows(tables[rows], starts, done, np.zeros_like(done), done), *room, threads
+            )
+            for row, own in zip(rows, np.split(skip.decide_skips(state, 0, 5000), starts[1:-1]), strict=True):
+                found[row].append(own.tolist())
+        carried = room[0].reshape(BLOCKS, BLOCK)
+        return {row: (found[row], carried[tables[row]].tolist()) for row in rows}
+
+    assert feed([1, 0], 3) == feed([0], 1) | feed([1], 1)

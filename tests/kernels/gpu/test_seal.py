@@ -320,3 +320,32 @@ def test_layers_that_lie_differently_are_refused():
     other = make_layers(torch.bfloat16, 1, 4, 2, 16, 64, False)
     with pytest.raises(ValueError, match="strides"):
         GpuCache.over(one + other, [0, 1], torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_else_a_step_seals_changes_no_bit(name, device):
+    """Each row alone, and all of them in another order."""
+    dtype, heads, dims, block_size, heads_first, chunk, keep, window, sinks, terms = SMALL
+    layout = Layout(chunk, keep, window, sinks, terms)
+    rule, lengths = ScoreRule.of(settings(layout, **RULES[name])), [window + chunk, window + 3 * chunk + 5, 3 * window]
+    per_row = -(-max(lengths) // block_size)
+    tables = np.random.default_rng(0).permutation(3 * per_row).reshape(3, -1).astype(np.int32)
+
+    def sealed(batch):
+        layers = make_layers(dtype, 2, 3 * per_row, heads, block_size, dims, heads_first, device)
+        for row in batch:
+            for index, layer in enumerate(layers):
+                write(layer, tables[row], 0, *prose(heads, lengths[row], dims, dtype, 10 * row + index))
+        none = [0] * len(batch)
+        cache, found = seal(layers, tables[batch], [lengths[row] for row in batch], none, none, layout, rule)
+        scores = cache.saved_redundancy.view(2, -1, block_size).cpu()
+        return {
+            row: (
+                [found[i][chunk].tolist() for chunk in sorted(found[i])],
+                [layer[tables[row]].tolist() for layer in layers],
+                scores[:, tables[row]].tolist(),
+            )
+            for i, row in enumerate(batch)
+        }
+
+    assert sealed([2, 0, 1]) == sealed([0]) | sealed([1]) | sealed([2])

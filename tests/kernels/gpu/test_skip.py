@@ -393,3 +393,24 @@ def test_rows_are_described_as_the_layout_has_them(layout):
     raw = 0 * computed if layout is None else sealed_chunks(computed, layout, own) * layout.kept_per_chunk
     assert buffers.rows[:, :7].tolist() == [(computed - removed).tolist(), raw.tolist(), computed.tolist()]
     assert not buffers.rows[:, 7].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_else_a_step_decides_changes_no_bit(dtype):
+    """Two requests in one step, and each alone."""
+    rule = SkipRule(16, "variance_aware", 0.9, 40, 10, 4, 16)
+    _, texts = group_of(dtype, 2, 32, 16, True, 80, rule=rule)
+
+    def decide(rows):
+        group, _ = group_of(dtype, 2, 32, 16, True, 80, rows=len(rows), rule=rule)
+        found = [[] for _ in rows]
+        for step in ((60, 1), (1, 33), (1, 1), (17, 44), (1, 1)):
+            counts = [step[row] for row in rows]
+            feed(group, [texts[row] for row in rows], counts)
+            for own, decided in zip(found, group.step(counts, 0.5), strict=True):
+                own += decided.tolist()
+        slots = group.tables[:, :, None].astype(np.int64) * 16 + np.arange(16)
+        scores = group.carried.cache.saved_redundancy[0][torch.from_numpy(slots)].flatten(1)[:, :80].tolist()
+        return {row: (found[i], scores[i]) for i, row in enumerate(rows)}
+
+    assert decide([1, 0]) == decide([0]) | decide([1])
