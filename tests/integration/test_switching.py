@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine.core import EngineShutdownState
+from vllm.v1.engine.core import DPEngineCoreProc, EngineShutdownState
 
 from tests.integration.stand_ins import engine_core, step
 from vllm_tokenfilter.config import FilterConfig
@@ -172,6 +172,26 @@ def test_a_server_without_filtered_groups_is_told_to_start_with_a_ratio():
     core = engine_core({"pruning_ratio": 0}, [None])
     assert "restart it with a pruning_ratio above 0" in core.token_filtering_prepare(0.25)["refused"]
     assert core._token_filtering_control.reachable() is None
+
+
+def test_to_nought_and_back():
+    core = started(UNIFORM)
+    for ratio, previous in ((0, 0.5), (0.5, 0)):
+        assert core.token_filtering_prepare(ratio) == {}
+        assert core.token_filtering_switch()["previous"] == previous
+
+
+def test_prefix_caching_that_was_off_at_the_start_stays_off():
+    core = started({"pruning_ratio": 0.75})
+    core.vllm_config.cache_config.enable_prefix_caching = False
+    assert core.token_filtering_prepare(0.5) == {}
+    assert core.token_filtering_switch()["prefix_caching"] == "off"
+
+
+def test_engines_that_step_together_keep_their_ratio():
+    core = started(UNIFORM)
+    core.__class__ = DPEngineCoreProc
+    assert "restart the server" in core.token_filtering_prepare(0.25)["refused"]
 
 
 def test_a_ratio_out_of_range_is_refused():

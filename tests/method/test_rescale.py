@@ -49,6 +49,12 @@ def test_what_the_whole_layers_leave_is_the_highest_ratio():
         tuned.settings_for(0.0001)
 
 
+def test_the_range_of_the_server_that_make_serve_starts_is_the_one_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    highest = scale(TUNED).highest
+    assert f"{{'lowest': 0.0, 'highest': {highest}}}" in page
+
+
 def test_layers_at_their_limit_leave_the_rest_to_the_others():
     uneven = scale(UNEVEN, 4)
     assert uneven.removed == (0, 16, 16, 32)

@@ -2,12 +2,14 @@
 
 Source: vllm/engine/arg_utils.py (`EngineArgs.create_engine_config`), vllm/v1/engine/core.py (`EngineCore`),
 vllm/v1/engine/input_processor.py (`InputProcessor._validate_params`), vllm/plugins/__init__.py,
-vllm/entrypoints/serve/engine/serving.py (`BaseServing._check_model`), vllm/entrypoints/launchers/api_server/entry.py.
+vllm/entrypoints/serve/engine/serving.py (`BaseServing._check_model`), vllm/entrypoints/launchers/api_server/entry.py,
+vllm/v1/executor/multiproc_executor.py (`WorkerProc.worker_main`).
 """
 
 import functools
 import importlib.metadata
 import os
+import signal
 import sys
 from typing import Any
 
@@ -134,15 +136,16 @@ def _refuse_opting_out_of_a_server(serving: Any) -> None:
 
 def _own_filter(extra: Any, vllm_config: VllmConfig) -> VLLMValidationError | None:
     """What to answer to a request's further arguments if they ask for a filter of its own."""
-    if not (isinstance(extra, dict) and CONFIG_KEY in extra):
+    if not (isinstance(extra, dict) and registration.is_ours(vllm_config.attention_config.backend)):
         return None
-    if not registration.is_ours(vllm_config.attention_config.backend):
+    key = next((key for key in extra if str(key).replace("-", "_").lower() == CONFIG_KEY), None)
+    if key is None:
         return None
     return VLLMValidationError(
-        f"vllm_xargs.{CONFIG_KEY}={extra[CONFIG_KEY]!r} asks for a filter of this request's own, and all "
+        f"vllm_xargs.{key}={extra[key]!r} asks for a filter of this request's own, and all "
         "requests of a server share one layout of the KV cache; leave it out, use a server with another "
         "pruning_ratio, or change the ratio of this one with POST /token_filtering.",
-        parameter=f"vllm_xargs.{CONFIG_KEY}",
+        parameter=f"vllm_xargs.{key}",
     )
 
 
@@ -183,6 +186,20 @@ def fail_with_the_engine() -> None:
 
     setattr(build_and_serve, _MARK, True)
     entry.build_and_serve = build_and_serve  # type: ignore[attr-defined]
+
+
+def outlive_interrupts() -> None:
+    """Let a worker process end with its engine alone, not by an interrupt.
+
+    Symptom: Ctrl-C in a terminal cuts answers in flight off, whatever `--shutdown-timeout` says.
+    Cause: it interrupts all processes of a server. vLLM's engine then finishes what it has, but its workers end.
+    Twice is safe: ignored is ignored. Inert: only where vLLM's worker process would end; its executor ends it by other
+    means (SIGTERM, a pipe that closes).
+    Delete when: vLLM's workers wait for their engine.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if getattr(handler, "__qualname__", "").startswith("WorkerProc."):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def name_metrics_plugin() -> None:

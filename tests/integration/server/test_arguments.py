@@ -143,6 +143,7 @@ def test_a_file_chooses_compilation_too(parse, file):
 
 def test_the_embedded_model_keeps_what_the_user_gave(parse):
     assert (parse().host, parse().max_model_len, parse().kv_cache_memory_bytes) == ("127.0.0.1", 8192, 2 << 30)
+    assert parse("some/model").host is None, "as vLLM"
     assert parse("--max_model_len", "1k").max_model_len == 1000
     assert parse(file="max_model_len: 4096\nserved-model-name: [a, b]").served_model_name == ["a", "b"]
     assert parse("--kv-cache-mem", "1G").kv_cache_memory_bytes == 1 << 30
@@ -234,6 +235,8 @@ def test_what_stands_beside_a_backend_that_is_not_taken_is_kept(parse):
         (["--pruning_ratio", "half"], None, "argument --pruning-ratio: invalid float value: 'half'"),
         (["--pruning_ratio", "nan"], None, "pruning_ratio=nan is refused"),
         (["--pruning_ratio=-0.5"], None, "pruning_ratio=-0.5 is refused"),
+        (["--pruning-ratio", "-0.5"], None, "pruning_ratio=-0.5 is refused"),
+        (["--pruning-ratio", "-.5", "--port", "8001"], None, "pruning_ratio=-0.5 is refused"),
         (["--pruning_ratio", "1e-9"], None, "pruning_ratio=1e-09 removes no token"),
         (["--additional-config", "x"], None, "additional-config=x must be a mapping"),
         (["--additional-config", "[1]"], None, "additional-config=[1] must be a mapping"),

@@ -64,6 +64,7 @@ FLAGS = [
     "--limit-mm-per-prompt.image 2",
     "--scheduling-policy priority --async-scheduling",
     "--override-generation-config.temperature 0.5",
+    "--override-generation-config.temperature -0.5 --port 8001",
     "--generation-config vllm --trust-remote-code",
     "--kv-transfer-config.kv_connector X --kv-transfer-config.kv_role kv_both --kv-transfer-config.engine_id e",
     "--shutdown-timeout 5",

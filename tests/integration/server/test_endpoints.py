@@ -13,10 +13,12 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from fastapi import FastAPI
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from tests.integration.stand_ins import engine_core
+from tests.integration.stand_ins import engine_core, step
 from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.integration import refusals, registration, workarounds
+from vllm_tokenfilter.integration.server import endpoints
 from vllm_tokenfilter.integration.server.endpoints import PATH, HttpEndpoint
 
 STARTED = {"pruning_ratio": 0.5}
@@ -43,17 +45,24 @@ def served(engines):
         parallel_config=SimpleNamespace(worker_extension_cls=workarounds.WORKER_EXTENSION),
     )
     app.state.args = SimpleNamespace(api_key=None, log_error_stack=False)
-    app.state.engine_client = SimpleNamespace(vllm_config=config, engine_core=Client(engines))
+    app.state.engine_client = SimpleNamespace(
+        vllm_config=config, engine_core=Client(engines), errored=False, dead_error=EngineDeadError()
+    )
+    app.state.server = None  # asked to end by vLLM's handler, unless its engine runs
     return app
 
 
-def post(app, body):
-    async def send():
+def send(app, method, body):
+    async def sent():
         # What the server does not answer itself is an error here, not a response of status 500.
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.post(PATH, content=body)
+            return await client.request(method, PATH, content=body)
 
-    return asyncio.run(send())
+    return asyncio.run(sent())
+
+
+def post(app, body):
+    return send(app, "POST", body)
 
 
 @pytest.fixture
@@ -134,3 +143,39 @@ def test_all_engines_switch_or_none(engines):
     assert post(app, b'{"pruning_ratio": 0.25}').json()["previous"] == 0.5
     assert post(app, b'{"pruning_ratio": 0.25}').json()["previous"] == 0.25
     assert [len(engine.told_workers) for engine in engines] == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_who_waits_for_an_engine_that_dies_is_told_so(engines, monkeypatch, method):
+    app = served(engines)
+    client = app.state.engine_client
+    vars(client).update(is_running=True)  # so that vLLM's handler leaves the server alone
+    monkeypatch.setattr(endpoints, "ALIVE_INTERVAL_S", 0.01)
+
+    async def unanswered(*args, **kwargs):
+        await asyncio.sleep(0.05)
+        client.errored = True
+        await asyncio.Event().wait()
+
+    client.engine_core.call_utility_all_async = client.engine_core._call_utility_async = unanswered
+    body = b'{"pruning_ratio": 0.25}'
+    assert send(app, method, body).status_code == 500
+
+
+def test_a_change_goes_on_when_its_caller_hangs_up(engines):
+    app = served(engines)
+    for engine in engines:
+        engine.scheduler.running.add("an answer")
+
+    async def hang_up():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            asking = asyncio.create_task(client.post(PATH, content=b'{"pruning_ratio": 0.25}'))
+            await asyncio.sleep(0.05)
+            asking.cancel()
+            await asyncio.sleep(0.05)
+            for engine in engines:
+                step(engine, finish=["an answer"])
+            await asyncio.sleep(0.05)
+
+    asyncio.run(hang_up())
+    assert [engine.told_workers[0][0]["pruning_ratio"] for engine in engines] == [0.25, 0.25]

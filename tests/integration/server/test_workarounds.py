@@ -1,6 +1,7 @@
 """What we put around vLLM's server: requests that want a filter of their own, and the status it ends with."""
 
 import asyncio
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,12 @@ def test_a_filter_of_its_own_is_refused_before_anything_else(check_model, reques
     assert check_model(request_, models=None) is None, "a server without engines filters nothing"
 
 
+@pytest.mark.parametrize("key", ["token-filtering", "Token_Filtering"])
+@pytest.mark.parametrize("value", [None, 0, "off", [0]])
+def test_every_spelling_and_value_asks_for_a_filter(check_model, key, value):
+    assert check_model({"vllm_xargs": {key: value}}).error.param == f"vllm_xargs.{key}"
+
+
 @pytest.mark.parametrize("request_", [{}, {"vllm_xargs": None}, {"vllm_xargs": {"other": 0}}, {"vllm_xargs": "x"}])
 def test_other_requests_go_straight_through(check_model, request_):
     assert check_model(request_) is None
@@ -78,3 +85,18 @@ def test_a_server_that_ends_by_itself_fails(monkeypatch, asked):
         with pytest.raises(SystemExit, match="1"):
             asyncio.run(serve())
         assert stopped == ["http"]
+
+
+def test_a_worker_outlives_an_interrupt_and_no_other_process_does():
+    def stock(number, frame):
+        """Of whatever else is interrupted."""
+
+    before = signal.signal(signal.SIGINT, stock)
+    try:
+        workarounds.outlive_interrupts()
+        assert signal.getsignal(signal.SIGINT) is stock
+        stock.__qualname__ = "WorkerProc.worker_main.<locals>.signal_handler"
+        workarounds.outlive_interrupts()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

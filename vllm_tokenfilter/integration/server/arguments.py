@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -228,6 +229,11 @@ def _options(words: list[str], where: str) -> list[Option]:
     """The options that words mean; a backend named in `attention_config` counts as `attention_backend`."""
     reader = _reader()
     reader.prog = where
+    words = list(words)
+    for at in range(len(words) - 1, 0, -1):
+        # vLLM would take a negative number with a dot for a flag with a dot in its name.
+        if re.fullmatch(r"-\d*\.\d+", words[at]) and re.fullmatch(r"--?[a-zA-Z][^=]*", words[at - 1]):
+            words[at - 1 : at + 1] = [f"{words[at - 1]}={words[at]}"]
     found = argparse.Namespace(options=[])
     try:
         reader.parse_args(words, found)

@@ -13,6 +13,7 @@ import json
 import reprlib
 import time
 from argparse import Namespace
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -34,6 +35,8 @@ logger = init_logger("vllm.tokenfilter")
 
 #: Seconds from one look at the engines to the next.
 METRICS_INTERVAL_S = 1.0
+#: And from one look at whether the engines live to the next, while they are asked something.
+ALIVE_INTERVAL_S = 1.0
 PATH = "/token_filtering"
 
 
@@ -100,8 +103,8 @@ async def _post(request: Request) -> JSONResponse:
     ratio = _wanted_ratio(await request.body())
     if isinstance(ratio, str):
         return _error(400, ratio)
-    # A client that hangs up does not stop a switch half-way.
-    return await asyncio.shield(asyncio.ensure_future(_switch(request.app.state.engine_client, ratio)))
+    engine_client = request.app.state.engine_client
+    return await _from_engines(engine_client, _switch(engine_client, ratio))
 
 
 async def _switch(engine_client: Any, ratio: float) -> JSONResponse:
@@ -227,6 +230,21 @@ def _engines_of(client: Any) -> list[Any]:
     return list(client.core_engines)
 
 
+async def _from_engines(engine_client: Any, asking: Coroutine[Any, Any, Any]) -> Any:
+    """What engines answer; a caller that hangs up does not stop it half-way.
+
+    Raises:
+        EngineDeadError: one died meanwhile. vLLM never answers for it, and a server with open requests does not end.
+    """
+    task = asyncio.create_task(asking)
+    while not (await asyncio.wait({task}, timeout=ALIVE_INTERVAL_S))[0]:
+        if engine_client.errored:
+            task.cancel()
+            raise engine_client.dead_error
+    return task.result()
+
+
 async def _status(engine_client: Any) -> Status:
-    answers = await engine_client.engine_core.call_utility_all_async("token_filtering_status")
+    asking = engine_client.engine_core.call_utility_all_async("token_filtering_status")
+    answers = await _from_engines(engine_client, asking)
     return merge_engines([Status.model_validate(answer) for answer in answers])
