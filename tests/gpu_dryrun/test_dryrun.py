@@ -149,6 +149,18 @@ def test_the_engine_gives_the_references_tokens(tiny, tmp_path, v2):
     assert status["seal_seconds"] > 0, "the events around seals were not read"
 
 
+@pytest.mark.parametrize("v2", [True, False], ids=["model runner v2", "model runner v1"])
+def test_a_request_gets_the_same_answer_alone_and_beside_others(tiny, tmp_path, v2):
+    prompts = [prompt(length, length) for length in LENGTHS]
+    rounds = [[prompts[3]], [prompts[2]], prompts]
+    found = generate(tiny[1], tmp_path / "out.json", rounds, {"pruning_ratio": 0.5}, v2, enable_prefix_caching=False)
+    steps = [found["steps"][next(key for key in found["steps"] if key.partition("-")[0] == n)] for n in found["names"]]
+    assert steps[0][:4] == [192, 192, 192, 24] and steps[1][:2] == [192, 141]
+    for alone, beside in ((0, 5), (1, 4)):
+        assert found["tokens"][alone] == found["tokens"][beside]
+        assert steps[alone][:NEW_TOKENS] == steps[beside][:NEW_TOKENS]
+
+
 def test_a_request_that_hits_the_prefix_cache_beside_dense_layers_gives_the_references_tokens(tiny, tmp_path):
     model, folder = tiny
     first = prompt(600, 1)
