@@ -163,6 +163,20 @@ def test_slots_of_dummy_runs_are_negative_and_lie_where_the_forward_reads_them()
     assert "return slot_mappings[:, :num_tokens_padded]" in text, "slots are a view that we rewrite in place"
 
 
+def test_graphs_are_made_by_the_calls_that_the_dry_run_stands_in_for():
+    """tests/gpu_dryrun/pretend_graphs.py"""
+    assert "graph = torch.cuda.CUDAGraph()" in source("v1", "worker", "gpu", "cudagraph_utils.py")
+    assert "with torch.cuda.graph(" in source("compilation", "cuda_graph.py")
+    pieces = source("compilation", "breakable_cudagraph.py")
+    assert "g.capture_begin(pool=self.pool)" in pieces and "self.segments.append(self._current_graph.replay)" in pieces
+    layer = source("model_executor", "layers", "attention", "attention.py")
+    assert "@eager_break_during_capture\n@maybe_transfer_kv_layer\ndef unified_attention_with_output(" in layer
+    assert layer.count("direct_register_custom_op(") >= 2, "operations whose bodies are looked into"
+    assert "_cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS" in source(
+        "v1", "attention", "backends", "triton_attn.py"
+    )
+
+
 def test_vllm_validates_a_selected_backend_and_then_asks_for_its_path():
     from vllm.v1.attention.selector import AttentionSelectorConfig
 

@@ -1,9 +1,9 @@
 """Lets vLLM's GPU engine run where there is no GPU: tensors "on cuda" are CPU tensors, Triton kernels are interpreted.
 
 For tests only, in a process of its own: `install()` before vLLM is imported. What is real: vLLM's Python (runner,
-scheduler, block tables, attention backend) and every Triton kernel it launches, computed by Triton's interpreter. What
-is not: time, memory, streams, CUDA graphs and the compiled extensions, whose few operations a Llama needs are written
-out in `_register_operations`.
+scheduler, block tables, attention backend) and every Triton kernel it launches, computed by Triton's interpreter; CUDA
+graphs are noted and replayed (`pretend_graphs.py`). What is not: time, memory, streams and the compiled extensions,
+whose few operations a Llama needs are written out in `_register_operations`.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import types
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
+import pretend_graphs
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -26,6 +27,7 @@ class _Here(TorchFunctionMode):
 
     # Functions that take a device by position, and what becomes of methods that only make sense on a GPU.
     _BY_POSITION = frozenset({"to", "empty", "new_empty", "new_zeros", "new_full", "set_default_device", "type"})
+    _READ_BY_HOST = frozenset({"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__"})
     _UNINITIALISED = frozenset({"empty", "empty_like", "new_empty", "empty_strided"})
 
     def __torch_function__(self, function, types_, args=(), kwargs=None):
@@ -42,9 +44,11 @@ class _Here(TorchFunctionMode):
             kwargs["device"] = torch.device("cpu")
         if name in self._BY_POSITION:
             args = tuple(torch.device("cpu") if _is_cuda(argument) else argument for argument in args)
+        if name in self._READ_BY_HOST and pretend_graphs.is_capturing():
+            pretend_graphs.refuse(name)
         result = function(*args, **kwargs)
         # Kernels read past what they use; on a GPU that is masked later, here NaN would warn.
-        if name in self._UNINITIALISED and isinstance(result, torch.Tensor):
+        if name in self._UNINITIALISED and not pretend_graphs.is_capturing() and isinstance(result, torch.Tensor):
             result.zero_()
         return result
 
@@ -231,6 +235,7 @@ def _register_operations():
     operation("gelu_tanh_and_mul(Tensor! result, Tensor input) -> ()", gated(lambda x: gelu(x, approximate="tanh")))
     # "The device's view of pinned host memory" is that memory.
     operation("get_cuda_view_from_cpu_tensor(Tensor tensor) -> Tensor", lambda tensor: tensor.view(tensor.shape))
+    operation("weak_ref_tensor(Tensor tensor) -> Tensor", lambda tensor: tensor.view(tensor.shape))
     return library
 
 
@@ -277,11 +282,14 @@ def _pretend_platform():
 
 
 def _skip_warmup():
-    """Warming kernels up imports every model that has some; one sampling kernel is more than the interpreter can do."""
+    """Warming kernels up imports every model that has some; two sampling kernels are more than the interpreter can do,
+    of which vLLM's own warm-up requests need one."""
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
     topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    StructuredOutputsWorker.apply_grammar_bitmask = _constant(None)
     gpu_worker.kernel_warmup = _constant(None)
 
 
@@ -292,5 +300,6 @@ def install():
     pretend_driver()
     _pretend_extensions()
     _pretend_platform()
+    pretend_graphs.install()
     _skip_warmup()
     _Here().__enter__()

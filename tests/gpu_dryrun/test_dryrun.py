@@ -19,34 +19,37 @@ from tests import reference
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("GPU_DRYRUN_PYTHON") or str(ROOT / ".venv-gpu-dryrun" / "bin" / "python")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(PYTHON).exists(), reason="run tests/gpu_dryrun/setup.sh first"),
-]
+ENVIRONMENT = pytest.mark.skipif(not Path(PYTHON).exists(), reason="run tests/gpu_dryrun/setup.sh first")
+
+pytestmark = [pytest.mark.slow, ENVIRONMENT]
 
 NEW_TOKENS = 12
 #: Prompts of 10 to 600 tokens; those of 186 and 250 are sealed while they decode.
 LENGTHS = (10, 186, 333, 600)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A random Llama with grouped heads, and its folder."""
+def random_llama(folder, num_layers):
+    """A random Llama with grouped heads, saved to a folder; and the folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=512, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1,
-        eos_token_id=2,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=num_layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=512, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).float().eval()
     for weights in model.parameters():
         if weights.dim() > 1:
             torch.nn.init.normal_(weights.data, 0, 0.08)
-    folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     return model, str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A random Llama of two layers, and its folder."""
+    return random_llama(tmp_path_factory.mktemp("tiny"), 2)
 
 
 def prompt(length, seed):
@@ -54,7 +57,21 @@ def prompt(length, seed):
     return [draw.randrange(3, 512) for _ in range(length)]
 
 
-def generate(folder, out, rounds, filtering, v2, python=PYTHON, pretend=True, logprobs=None, reads=None, **llm):
+def generate(
+    folder,
+    out,
+    rounds,
+    filtering,
+    v2,
+    python=PYTHON,
+    pretend=True,
+    logprobs=None,
+    reads=None,
+    graphs=None,
+    plant=None,
+    new_tokens=NEW_TOKENS,
+    **llm,
+):
     """What `generate.py` found; stock vLLM where `filtering` is None."""
     ours = {
         "attention_backend": "TOKEN_FILTERING",
@@ -63,10 +80,12 @@ def generate(folder, out, rounds, filtering, v2, python=PYTHON, pretend=True, lo
     task = {
         "model": folder,
         "rounds": rounds,
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": new_tokens,
         "out": str(out),
         "pretend": pretend,
         "logprobs": logprobs,
+        "graphs": graphs,
+        **({} if plant is None else {"plant": plant}),
         "llm": {
             "dtype": "float32", "max_model_len": 768, "max_num_seqs": 4, "max_num_batched_tokens": 256,
             **({} if filtering is None else ours),
@@ -102,35 +121,54 @@ class Tolerance:
 
 
 def hold_to_reference(model, found, prompts, settings, taken_over=None, tolerance=Tolerance()):
-    """Every token the engine produced is the reference's likeliest; choices agree but for near ties."""
-    choices = {}
-    for name, layer, chunk, kept in found["seals"]:
-        choices.setdefault(name, {})[layer, chunk] = kept
-    skips = {}
-    for name, layer, skipped in found["skips"]:
-        skips.setdefault(name, {}).setdefault(layer, []).extend(skipped)
+    """Every token the engine produced is the reference's likeliest; choices agree but for near ties.
+
+    `settings` are everybody's, or a list with each request's own.
+    """
+    everyone = settings if isinstance(settings, list) else [settings] * len(prompts)
+    choices, skips = {}, {}
+    for name, life, layer, chunk, kept in found["seals"]:
+        if kept[0] >= 0:
+            choices.setdefault((name, life), {})[layer, chunk] = kept
+    for name, life, layer, skipped in found["skips"]:
+        skips.setdefault((name, life), {}).setdefault(layer, []).extend(skipped)
     results = []
-    for name, ids, output in zip(found["names"], prompts, found["tokens"], strict=True):
-        full = next(key for key in found["steps"] if key.partition("-")[0] == name)
-        steps, tokens = found["steps"][full], (ids + output)[:-1]
-        start = len(tokens) - sum(steps)
-        # Async scheduling may have asked for one token more than was wanted.
-        while start < 0:
-            steps, start = steps[:-1], start + steps[-1]
-        pieces = taken_over(start, results) if start else None
-        own = {key: kept for key, kept in choices.get(full, {}).items() if kept[0] >= 0}
-        skipped = skips.get(full)
-        result = reference.run(
-            model, tokens, steps, settings, own, tie=tolerance.tie, taken_over=pieces, backend_skips=skipped
-        )
-        for layer, decisions in (skipped or {}).items():
-            assert result.skipped[layer].tolist() == [bool(skip) for skip in decisions[: len(tokens)]]
-        assert result.near_ties <= tolerance.ties * max(result.choices, 50)
-        logprobs = result.logprobs[len(ids) - 1 : len(ids) - 1 + len(output)]
-        chosen = logprobs[torch.arange(len(output)), output]
-        assert (logprobs.max(1).values - chosen).max() < tolerance.logprob, f"request {name} of {len(ids)} tokens"
+    for name, ids, output, settings in zip(found["names"], prompts, found["tokens"], everyone, strict=True):
+        full, everything = next(key for key in found["steps"] if key.partition("-")[0] == name), ids + output
+        # Of each position, by how much the token chosen for the next is below the likeliest one.
+        gaps, judged = {}, len(ids) - 1
+        for life, (start, steps) in enumerate(lives(found["steps"][full])):
+            # Async scheduling may have asked for one token more than was wanted.
+            while start + sum(steps) >= len(everything):
+                steps.pop()
+            end, skipped = start + sum(steps), skips.get((full, life))
+            result = reference.run(
+                model, everything[:end], steps, settings, choices.get((full, life)), tie=tolerance.tie,
+                taken_over=taken_over(start, results) if start else None, backend_skips=skipped,
+            )  # fmt: skip
+            for layer, decisions in (skipped or {}).items():
+                assert result.skipped[layer].tolist() == [bool(skip) for skip in decisions[:end]]
+            assert result.near_ties <= tolerance.ties * max(result.choices, 50)
+            for position in range(judged, end):
+                gap = float(result.logprobs[position].max() - result.logprobs[position, everything[position + 1]])
+                gaps[position] = min(gap, gaps.get(position, gap))
+            # With async scheduling a preemption may lose the token just sampled: the next life samples it again.
+            judged = max(judged, end - 1)
+        assert list(gaps) == list(range(len(ids) - 1, len(everything) - 1))
+        assert max(gaps.values()) < tolerance.logprob, f"request {name} of {len(ids)} tokens"
         results.append((start, result))
     return results
+
+
+def lives(steps):
+    """A request's steps, (computed before, count), as (start, [counts]) of each of its lives: a preempted one begins
+    another."""
+    found = []
+    for computed, count in steps:
+        if not found or computed != sum(found[-1][1]) + found[-1][0]:
+            found.append((computed, []))
+        found[-1][1].append(count)
+    return found
 
 
 @pytest.mark.parametrize("v2", [True, False], ids=["model runner v2", "model runner v1"])
@@ -192,6 +230,30 @@ def test_a_layer_that_reads_anothers_cache_finds_what_the_owner_kept(tiny, tmp_p
     assert found["status"]["counters"]["tokens_pruned"] > 0
 
 
+@pytest.mark.parametrize("v2", [True, False], ids=["model runner v2", "model runner v1"])
+def test_another_ratio_holds_for_who_comes_after_it_was_asked_for(tiny, tmp_path, v2):
+    model, folder = tiny
+    prompts, rounds = switching([0, 0.25], (186, 40, 190))
+    found = generate(folder, tmp_path / "out.json", rounds, {"pruning_ratio": 0.5}, v2, enable_prefix_caching=True)
+    assert switched(found) == [(0, 0.5), (0.25, 0)]
+    settings = [reference.Settings(ratio=ratio) for ratio in (0.5, 0.5, 0, 0, 0.25)]
+    hold_to_reference(model, found, prompts, settings)
+
+
+def switching(ratios, lengths):
+    """Five prompts, and rounds in which they are asked for: two before a switch, two while these are drained, one after
+    another switch. One of them comes three times: what the prefix cache has of it was made under another ratio."""
+    again, short, later = (prompt(length, length) for length in lengths)
+    first = [again, short, {"switch": ratios[0], "at": 4}, {"prompt": again, "at": 5}, {"prompt": later, "at": 6}]
+    return [again, short, again, later, again], [first, [{"switch": ratios[1]}, again]]
+
+
+def switched(found):
+    """(new, previous) ratio of each switch, the last of which is in force."""
+    assert found["status"]["settings"]["pruning_ratio"] == found["switched"][-1]["effective_ratio"]
+    return [(answer["effective_ratio"], answer["previous"]) for answer in found["switched"]]
+
+
 SKIPPING = {
     "none, on model runner v1": ({"pruning_ratio": 0}, {"ratio": 0}, "none", False),
     "window beside filtering": ({"pruning_ratio": 0.5}, {"ratio": 0.5}, "window", True),
@@ -219,7 +281,7 @@ def test_attention_is_skipped_as_the_reference_skips_it(tiny, tmp_path, name):
     status = found["status"]
     assert status["layers"]["skipping"] == [0, 1] and status["layers"]["unskipped"] == {}
     status = status["counters"]
-    assert status["attentions_skipped"] == sum(sum(skipped) for _, _, skipped in found["skips"]) > 0
+    assert status["attentions_skipped"] == sum(sum(skipped) for *_, skipped in found["skips"]) > 0
     # The last token that is asked for is never computed, unless async scheduling did it ahead.
     decided = sum(2 * (len(result.skipped[0]) - own.warmup) for _, result in results[1:])
     assert decided <= status["attentions_decided"] <= decided + 2 * len(prompts)
