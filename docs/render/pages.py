@@ -71,12 +71,10 @@ For vLLM %s. What is refused at start, before any weights load; each line is als
 |---|---|---|
 %s
 
-Three kinds of refusal are not in this table:
+Two kinds of refusal are not in this table:
 
 - settings that contradict each other ([configuration.md](configuration.md)), or that another `attention_backend`
   would ignore: before any weights load;
-- prefix caching over FLASHINFER on a GPU, asked for with `inner_backend: FLASHINFER` or on by default where `auto`
-  chooses that: when the KV cache is set up. Use `--no-enable-prefix-caching` or another `inner_backend`;
 - `attention_skipping.substitute: running_output` on a GPU with too little free memory for its means: in the first
   dummy run. Lower `gpu_memory_utilization`, or use `window`.
 

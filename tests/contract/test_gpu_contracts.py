@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
 from vllm_tokenfilter.config import FilterConfig  # noqa: E402
-from vllm_tokenfilter.integration import dispatch, refusals, registration  # noqa: E402
+from vllm_tokenfilter.integration import dispatch, layers, refusals, registration  # noqa: E402
 from vllm_tokenfilter.integration.gpu import backend as gpu_backend  # noqa: E402
 from vllm_tokenfilter.integration.gpu import skipping, steps  # noqa: E402
 
@@ -190,30 +190,105 @@ def test_vllm_validates_a_selected_backend_and_then_asks_for_its_path():
     assert "backend_cls.full_cls_name()" in text
 
 
-def test_inner_backend_auto_stands_for_what_vllm_would_choose(monkeypatch):
+TRITON = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Which backend `inner_backend: auto` is, or why none; vLLM chooses `own`, and `valid` serve the layer too."""
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    asked = {}
+    class Flashinfer(AttentionBackend):
+        """Its module needs a package that is not installed here."""
 
-    def choose(selected, config, num_heads=None):
-        asked.update(selected=selected, config=config)
-        return "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+        get_name = staticmethod(lambda: "FLASHINFER")
+        get_impl_cls = get_builder_cls = None
 
-    monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(choose))
+    resolve = dispatch.resolve_obj_by_qualname
+    monkeypatch.setattr(dispatch, "resolve_obj_by_qualname", lambda path: Flashinfer if path == "FI" else resolve(path))
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     layer = dict.fromkeys(AttentionSelectorConfig._fields, False) | {"head_size": 64}
-    reasons = dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
-    assert reasons == [] and asked["selected"] is None and asked["config"].head_size == 64
-    assert dispatch.AutoBackend.full_cls_name() == ("vllm_tokenfilter.integration.dispatch", "OVER_TRITON_ATTN")
+
+    def choice(own, valid=(), prefix_caching=True, ratio=0.5):
+        def choose(selected, config, num_heads=None):
+            assert config.head_size == 64
+            if selected is None:
+                return own
+            if selected.name in valid:
+                return "a path"
+            raise ValueError("not valid for this configuration")
+
+        config = types.SimpleNamespace(
+            additional_config={"token_filtering": {"pruning_ratio": ratio}},
+            cache_config=types.SimpleNamespace(enable_prefix_caching=prefix_caching),
+        )
+        monkeypatch.setattr(dispatch, "get_current_vllm_config", lambda: config)
+        monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(choose))
+        monkeypatch.setattr(
+            gpu_backend, "backend_over", lambda name: types.SimpleNamespace(__qualname__=f"OVER_{name}")
+        )
+        reasons = dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+        return reasons or dispatch.AutoBackend.full_cls_name()[1]
+
+    return choice
 
 
-def test_inner_backend_auto_says_so_where_vllms_choice_cannot_be_filtered(monkeypatch):
-    from vllm.v1.attention.selector import AttentionSelectorConfig
+def test_inner_backend_auto_stands_for_what_vllm_would_choose(chosen):
+    assert chosen(TRITON) == "OVER_TRITON_ATTN"
+    assert dispatch.AutoBackend.full_cls_name()[0] == "vllm_tokenfilter.integration.dispatch"
+    assert chosen("FI", prefix_caching=False) == chosen("FI", ratio=0) == "OVER_FLASHINFER"
 
-    path = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
-    monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", staticmethod(lambda *args, **kwargs: path))
-    layer = dict.fromkeys(AttentionSelectorConfig._fields, False)
-    (reason,) = dispatch.AutoBackend.validate_configuration(device_capability=None, **layer)
+
+def test_where_prefixes_are_shared_inner_backend_auto_is_what_serves_the_layer_beside_flashinfer(chosen):
+    assert chosen("FI", ("FLASH_ATTN", "TRITON_ATTN")) == "OVER_FLASH_ATTN"
+    assert chosen("FI", ("TRITON_ATTN",)) == "OVER_TRITON_ATTN"
+    (reason,) = chosen("FI")
+    assert "inner_backend=FLASHINFER" in reason and "--no-enable-prefix-caching" in reason
+
+
+def test_inner_backend_auto_says_so_where_vllms_choice_cannot_be_filtered(chosen):
+    (reason,) = chosen("vllm.v1.attention.backends.flex_attention.FlexAttentionBackend")
     assert "FLEX_ATTENTION" in reason and "TRITON_ATTN" in reason
+
+
+@pytest.mark.parametrize("inner, ratio, caching, refused", [
+    ("FLASHINFER", 0.5, True, True), ("FLASHINFER", 0.5, False, False),
+    ("FLASHINFER", 0, True, False), ("FLASH_ATTN", 0.5, True, False), ("auto", 0.5, True, False),
+])  # fmt: skip
+def test_flashinfer_named_beside_prefix_caching_is_refused_before_weights_load(
+    monkeypatch, inner, ratio, caching, refused
+):
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    config = FilterConfig.parse({"inner_backend": inner, "pruning_ratio": ratio})
+    assert refusals.FLASHINFER_PREFIXES in refusals.REFUSALS
+    vllm_config = types.SimpleNamespace(cache_config=types.SimpleNamespace(enable_prefix_caching=caching))
+    assert bool(refusals.FLASHINFER_PREFIXES.found(vllm_config, config)) == refused
+
+
+def test_norms_are_refused_where_heads_of_the_cache_have_scales_of_their_own():
+    (row,) = (row for row in refusals.REFUSALS if row.setting == "selector" and "norms" in row.reason)
+
+    def refused(selector, strategy):
+        scheme = types.SimpleNamespace(kv_cache_scheme={"strategy": strategy} if strategy else None)
+        return row.found(types.SimpleNamespace(quant_config=scheme), FilterConfig.parse({"selector": selector}))
+
+    assert refused("key_norm", "attn_head") and refused("value_key_norm", "attn_head")
+    assert not refused("anchor", "attn_head") and not refused("key_norm", "tensor") and not refused("key_norm", None)
+    assert not row.found(types.SimpleNamespace(quant_config=None), FilterConfig.parse({"selector": "key_norm"}))
+    ours = "integration/refusals.py asks as vLLM's layers do"
+    text = source("model_executor", "layers", "attention", "attention.py")
+    assert 'getattr(quant_config, "kv_cache_scheme", None)' in text, ours
+    assert 'kv_cache_scheme.get("strategy") == "attn_head"' in text, ours
+
+
+def test_a_layers_backend_is_kept_for_the_process_until_another_engine_is_configured():
+    from vllm.v1.attention import selector
+
+    ours = "integration/workarounds.py clears it, since the key has none of our settings"
+    assert list(inspect.signature(selector._cached_get_attn_backend).parameters) == [
+        "backend", "attn_selector_config", "num_heads", "_run_kv_cache_dtype",
+    ], ours  # fmt: skip
+    assert callable(selector._cached_get_attn_backend.cache_clear), ours
 
 
 def test_the_registered_path_leads_to_the_dispatch():
@@ -372,3 +447,13 @@ def test_layers_that_read_anothers_cache_share_its_attention_group_if_they_share
     assert "key = (full_cls_name, layer_kv_cache_spec, num_heads_q)" in v1, ours
     assert "key = (attn_backend.full_cls_name(), layer_kv_cache_spec, num_heads_q)" in v2, ours
     assert v1.count('getattr(layers[layer_name], "num_heads", 0)') == 1, ours
+
+
+def test_a_layer_knows_its_own_number_of_kv_heads_where_layers_differ():
+    from vllm.config.model_arch import ModelArchitectureConfig
+
+    whole = object.__new__(ModelArchitectureConfig)
+    object.__setattr__(whole, "total_num_kv_heads", 8)
+    object.__setattr__(whole, "per_layer_overrides", [{}, {"total_num_kv_heads": 2}])
+    config = types.SimpleNamespace(model_config=types.SimpleNamespace(model_arch_config=whole))
+    assert [layers.total_kv_heads(config, index) for index in (0, 1)] == [8, 2], "a seal joins this many heads' scores"

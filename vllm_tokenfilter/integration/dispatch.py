@@ -12,12 +12,16 @@ Source: vllm/v1/attention/selector.py (`_cached_get_attn_backend`), vllm/v1/atte
 from typing import Any
 
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_tokenfilter.integration import refusals, registration
+
+logger = init_logger("vllm.tokenfilter")
 
 _OVER = "OVER_"
 
@@ -25,7 +29,8 @@ _OVER = "OVER_"
 class AutoBackend(AttentionBackend):
     """`inner_backend: auto`: asks vLLM what it would choose for the layer, and stands for a wrapper of that.
 
-    vLLM validates a selected backend with everything it knows of the layer, and then asks for its path.
+    vLLM validates a selected backend with everything it knows of the layer, and then asks for its path. Where vLLM's
+    choice is FLASHINFER and prefixes are shared, the next that serves the layer is taken.
     """
 
     _chosen: str
@@ -36,8 +41,15 @@ class AutoBackend(AttentionBackend):
         from vllm_tokenfilter.integration.gpu.backend import INNER_BACKENDS, backend_over
 
         layer.pop("device_capability")
-        path = current_platform.get_attn_backend_cls(None, AttentionSelectorConfig(**layer))
-        name = resolve_obj_by_qualname(path).get_name()
+        wanted, vllm_config = AttentionSelectorConfig(**layer), get_current_vllm_config()
+        name = resolve_obj_by_qualname(current_platform.get_attn_backend_cls(None, wanted)).get_name()
+        config = refusals.settings_of(vllm_config).model_copy(update={"inner_backend": name})
+        if refused := refusals.FLASHINFER_PREFIXES.found(vllm_config, config):
+            others = [other for other in INNER_BACKENDS if other != name and _serves(other, wanted)]
+            if not others:
+                return [refusals.FLASHINFER_PREFIXES.sentence(refused)]
+            logger.info_once("Token Filtering: inner_backend=auto is %s; over %s no prefix is shared.", others[0], name)
+            name = others[0]
         if name not in INNER_BACKENDS:
             return [
                 f"inner_backend=auto is {name} here, which cannot be filtered; set inner_backend to one of "
@@ -57,6 +69,14 @@ class AutoBackend(AttentionBackend):
         raise NotImplementedError
 
     get_impl_cls = get_builder_cls = get_name  # type: ignore[assignment]
+
+
+def _serves(name: str, layer: AttentionSelectorConfig) -> bool:
+    try:
+        current_platform.get_attn_backend_cls(AttentionBackendEnum[name], layer)
+    except ValueError:
+        return False
+    return True
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,11 @@ def num_layers(vllm_config: VllmConfig) -> int:
     return int(vllm_config.model_config.get_total_num_hidden_layers())
 
 
+def total_kv_heads(vllm_config: VllmConfig, layer: int) -> int:
+    """KV heads of a layer, by its index, over all tensor-parallel ranks; Gemma 4's layers differ."""
+    return int(vllm_config.model_config.model_arch_config[layer].total_num_kv_heads)
+
+
 def longest_step(vllm_config: VllmConfig) -> int:
     """The most tokens of one request that one step computes; see `scheduler.py`."""
     scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len

@@ -107,6 +107,17 @@ VERSION = Refusal(
     f"install vLLM {versions.supported_names()}",
     lambda vllm_config, config: versions.unsupported(),
 )
+FLASHINFER_PREFIXES = Refusal(
+    "enable_prefix_caching",
+    "leaves lengths to the device after a hit, and inner_backend=FLASHINFER plans on the host",
+    "use --no-enable-prefix-caching, or another inner_backend",
+    lambda vllm_config, config: (
+        config.inner_backend == "FLASHINFER"
+        and vllm_config.cache_config.enable_prefix_caching
+        and current_platform.is_cuda()
+        and config.pruning_ratio > 0
+    ),
+)
 REFUSALS = (
     VERSION,
     Refusal(
@@ -131,6 +142,16 @@ REFUSALS = (
         f"use one of {', '.join(GPU_SELECTORS)}, or run on CPU",
         lambda vllm_config, config: (
             config.selector if current_platform.is_cuda() and config.selector not in GPU_SELECTORS else None
+        ),
+    ),
+    Refusal(
+        "selector",
+        "ranks tokens by norms, and this model's fp8 cache is scaled head by head",
+        "use selector: anchor, keydiff or random",
+        lambda vllm_config, config: (
+            "norm" in config.selector
+            and (getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}).get("strategy") == "attn_head"
+            and config.selector
         ),
     ),
     Refusal(
@@ -160,6 +181,7 @@ REFUSALS = (
         "block_size (and a selector other than recency), or use --no-enable-prefix-caching",
         lambda vllm_config, config: _unshareable_prefixes(vllm_config, config),
     ),
+    FLASHINFER_PREFIXES,
     Refusal(
         "disable_hybrid_kv_cache_manager",
         "gives all layers blocks of one kind, and layers with different ratios (dense ones too) need their own",

@@ -7,7 +7,8 @@ a step beside all requests that may decode in it.
 
 The rule stands where vLLM has one for hybrid models that cache Mamba states; those keep vLLM's.
 
-Source: vllm/v1/core/sched/scheduler.py (`schedule`, `_mamba_block_aligned_split`), async_scheduler.py.
+Source: vllm/v1/core/sched/scheduler.py (`schedule`, `_mamba_block_aligned_split`, `_handle_stopped_request`),
+async_scheduler.py.
 """
 
 from typing import Any
@@ -39,6 +40,9 @@ class GridScheduler(Scheduler):
         num_external_computed_tokens: int = 0,
     ) -> int:
         """Tokens of the request's next step, where `num_new_tokens` have room; 0: it waits."""
+        # At a streamed prompt's turns vLLM takes back what it computed ahead; what that made due stays sealed.
+        if request.resumable and request.num_output_placeholders:
+            return 0
         grid = self.scheduler_config.long_prefill_token_threshold
         if self._hybrid:
             room = min(num_new_tokens, grid or num_new_tokens)

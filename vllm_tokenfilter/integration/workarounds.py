@@ -19,6 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from vllm_tokenfilter.config import CONFIG_KEY, FilterConfig, understood
 from vllm_tokenfilter.errors import ConfigError, UnsupportedError
@@ -62,6 +63,8 @@ def check_engine_configs() -> None:
         refuse_opting_out()
         fail_with_the_engine()
         name_metrics_plugin()
+        # vLLM keeps a layer's backend for the process, under a key without our settings.
+        _cached_get_attn_backend.cache_clear()
         vllm_config = original(self, *args, **kwargs)
         config = refusals.require_supported(vllm_config)
         if config.pruning_ratio > 0:

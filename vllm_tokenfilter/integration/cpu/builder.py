@@ -29,7 +29,7 @@ from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.cpu import block_tables, sealing
 from vllm_tokenfilter.integration.cpu.skipping import CpuSkipStep, SkippingLayers, SkippingMetadata, with_other_lengths
 from vllm_tokenfilter.integration.kv_cache_spec import FilteredAttentionSpec
-from vllm_tokenfilter.integration.layers import layers_by_index
+from vllm_tokenfilter.integration.layers import layers_by_index, total_kv_heads
 from vllm_tokenfilter.integration.lifecycle import CountingBuilder, planned_model
 from vllm_tokenfilter.kernels.cpu.build import load_kernel
 from vllm_tokenfilter.kernels.cpu.seal import DueSeals
@@ -138,8 +138,8 @@ class TokenFilteringMetadataBuilder(CountingBuilder, CPUAttentionMetadataBuilder
         layout = self.layout
         assert layout is not None
         if self._cache is None:
-            total_kv_heads = self.vllm_config.model_config.get_total_num_kv_heads()
-            self._cache = sealing.FilteredCache.over(self._layers, self.isa, total_kv_heads)
+            heads = total_kv_heads(self.vllm_config, next(iter(self._layers)))
+            self._cache = sealing.FilteredCache.over(self._layers, self.isa, heads)
         started = time.perf_counter()
         carried = None if self.skipping is None else self.skipping.carried
         sealed = sealing.seal(due, self._cache, layout, self.config, carried)

@@ -48,7 +48,7 @@ class FilteredCache:
     #: float32 [num_filtered_layers, num_blocks * block_size] by physical slot. Address space for the pool, memory only
     #: where a chunk waits to be sealed.
     saved_redundancy: NDArray[np.float32]
-    total_kv_heads: int  #: KV heads of the model, over all tensor-parallel ranks.
+    total_kv_heads: int  #: KV heads of each of them, over all tensor-parallel ranks.
 
     @classmethod
     def over(cls, layers: Mapping[int, Attention], isa: str, total_kv_heads: int) -> "FilteredCache":

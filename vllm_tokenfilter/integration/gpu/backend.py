@@ -32,7 +32,7 @@ from vllm_tokenfilter.integration import refusals
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.gpu.skipping import SkippingGroup, SkippingImpl
 from vllm_tokenfilter.integration.gpu.steps import FilteredSteps, StepsInCommon
-from vllm_tokenfilter.integration.layers import layers_by_index
+from vllm_tokenfilter.integration.layers import layers_by_index, total_kv_heads
 from vllm_tokenfilter.integration.lifecycle import CountingBuilder, PlanningImpl, planned_model
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 from vllm_tokenfilter.layer_plan import LayerPlan
@@ -104,13 +104,6 @@ class FilteringBuilder(CountingBuilder):
         # All layers of a filtered group have one layout.
         (layout,) = self.plan.layouts
         shares = cache_config.enable_prefix_caching and shares_prefixes(layout, cache_config.block_size)
-        if shares and self.inner_name == "FLASHINFER":
-            raise UnsupportedError(
-                [
-                    "enable_prefix_caching=True cannot be used over FLASHINFER, which plans on the host with lengths "
-                    "that only the device knows after a hit; use --no-enable-prefix-caching, or another inner_backend."
-                ]
-            )
         return FilteredSteps(
             self.config,
             layout,
@@ -121,7 +114,7 @@ class FilteringBuilder(CountingBuilder):
             -(-vllm_config.model_config.max_model_len // block_size) + 1,
             device,
             functools.partial(_open_cache, filtered),
-            functools.partial(_gather_heads, vllm_config.model_config.get_total_num_kv_heads())
+            functools.partial(_gather_heads, total_kv_heads(vllm_config, next(iter(filtered))))
             if vllm_config.parallel_config.tensor_parallel_size > 1
             else None,
             self._common,
