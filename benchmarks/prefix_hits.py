@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--prompts", type=int, nargs="+", default=[760, 900, 1000, 1250], help="tokens of each")
     parser.add_argument("--follow", type=int, default=64, help="tokens read behind each prompt")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "prefix_hits.json")
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), provenance()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = default_model_path()
@@ -103,7 +103,7 @@ def main():
             figures = ("computed_tokens", "divergence_first", "divergence", "logprob_difference", "nll", "nll_cold")
             print(ratio, name, {f: round(statistics.mean(row[f] for row in own), 4) for f in figures}, flush=True)
     parameters = {"model": MODEL_NAME, "grid": GRID, "chunk_size": 64, "recent_window": 64, "follow": options.follow}
-    write_result(options.json, {"provenance": provenance(), "parameters": parameters, "samples": samples})
+    write_result(options.json, {"provenance": origin, "parameters": parameters, "samples": samples})
 
 
 if __name__ == "__main__":

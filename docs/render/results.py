@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.render.gpu import gpu_section
+from docs.render.hits import hits_section
 from docs.render.markdown import markdown
 from docs.render.paper_table import LONG, SHORT, paper_table
 from docs.render.spread import COLUMNS, figures, inverse
@@ -57,10 +58,11 @@ def results_page(results: dict[str, Result]) -> str:
     parts += _runs(results, "skipping_speed", "Decoding with attention skipped", _skipping)
     for name, title, section in (
         ("capacity", "What fits the same KV cache", _capacity),
+        ("prefix_hits", "What a hit in the prefix cache changes", hits_section),
         ("gpu_attention", "Decode attention and sealing on a GPU", gpu_section),
     ):
         if result := results.get(name):
-            parts += [f"## {title}\n", section(result), _origin(name, result)]
+            parts += [f"## {title}\n", section(result), _origin(name, result.get("provenance", result))]
     parts += _tunings(results)
     for name, result in results.items():
         if result.get("kind") == "benchmark":
