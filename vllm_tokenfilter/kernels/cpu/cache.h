@@ -187,4 +187,28 @@ static int64_t element(const struct cache *cache, const int32_t *blocks, int64_t
   return start + blocks[slot / cache->block_size] * cache->block_stride + head * cache->head_stride;
 }
 
+/* The place of a slot in arrays by physical slot. */
+static int64_t physical(const struct cache *cache, const int32_t *blocks, int64_t slot) {
+  return blocks[slot / cache->block_size] * cache->block_size + slot % cache->block_size;
+}
+
+static float cosine(const float *x, const float *y, int64_t dims) {
+  float dot = 0, own = 0, other = 0;
+  for (int64_t d = 0; d < dims; d++) {
+    dot += x[d] * y[d];
+    own += x[d] * x[d];
+    other += y[d] * y[d];
+  }
+  float norms = own * other;
+  return norms > 0 ? dot / sqrtf(norms) : 0;
+}
+
+/* Let a decaying anchor [D] take in x and, unless it is null, lose `leaving`, which is among its last terms no more. */
+static void advance(float *anchor, const float *x, const float *leaving, int64_t dims, float decay, float dropped) {
+  if (leaving)
+    for (int64_t d = 0; d < dims; d++) anchor[d] = decay * anchor[d] + x[d] - dropped * leaving[d];
+  else
+    for (int64_t d = 0; d < dims; d++) anchor[d] = decay * anchor[d] + x[d];
+}
+
 #endif

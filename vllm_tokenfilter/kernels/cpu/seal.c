@@ -59,23 +59,12 @@ static void cosines(const float *previous, const float *current, int64_t size, i
                     float dropped, float *anchor, float *out) {
   for (int64_t d = 0; d < dims; d++) anchor[d] = 0;
   if (previous)
-    for (int64_t t = size - terms; t < size; t++)
-      for (int64_t d = 0; d < dims; d++) anchor[d] = decay * anchor[d] + previous[t * dims + d];
+    for (int64_t t = size - terms; t < size; t++) advance(anchor, previous + t * dims, NULL, dims, decay, dropped);
   for (int64_t t = 0; t < size; t++) {
     const float *x = current + t * dims;
-    float dot = 0, own = 0, other = 0;
-    for (int64_t d = 0; d < dims; d++) {
-      dot += x[d] * anchor[d];
-      own += x[d] * x[d];
-      other += anchor[d] * anchor[d];
-    }
-    float norms = own * other;
-    out[t] = norms > 0 ? dot / sqrtf(norms) : 0;
-    const float *leaving = t >= terms ? x - terms * dims : previous ? previous + (size + t - terms) * dims : 0;
-    if (leaving)
-      for (int64_t d = 0; d < dims; d++) anchor[d] = decay * anchor[d] + x[d] - dropped * leaving[d];
-    else
-      for (int64_t d = 0; d < dims; d++) anchor[d] = decay * anchor[d] + x[d];
+    out[t] = cosine(x, anchor, dims);
+    const float *leaving = t >= terms ? x - terms * dims : previous ? previous + (size + t - terms) * dims : NULL;
+    advance(anchor, x, leaving, dims, decay, dropped);
   }
 }
 
@@ -179,14 +168,11 @@ static int by_offset(const void *a, const void *b) {
 
 /* Let what the skipping kernel carries for raw tokens (skip.c) follow them from slots behind `gone` to `gone` slots lower.
    carried: by physical slot, or null. */
-static void carry(int64_t *carried, const int32_t *blocks, int64_t block_size, int64_t first_target, int64_t end_target,
-                  int64_t gone) {
+static void carry(int64_t *carried, const struct cache *cache, const int32_t *blocks, int64_t first_target,
+                  int64_t end_target, int64_t gone) {
   if (!carried) return;
-  for (int64_t target = first_target; target < end_target; target++) {
-    int64_t source = target + gone;
-    carried[blocks[target / block_size] * block_size + target % block_size] =
-        carried[blocks[source / block_size] * block_size + source % block_size];
-  }
+  for (int64_t target = first_target; target < end_target; target++)
+    carried[physical(cache, blocks, target)] = carried[physical(cache, blocks, target + gone)];
 }
 
 static void seal_row(const struct cache *cache, const struct seal_rule *rule, const struct seal_rows *rows, int64_t layer,
@@ -200,7 +186,7 @@ static void seal_row(const struct cache *cache, const struct seal_rule *rule, co
   int64_t removed = first * (size - keep), removed_after = last * (size - keep);
   chosen += (rows->ends[row] - (last - first)) * keep;
   if (scores.phase != SCORE)
-    carry(carried, blocks, block_size, last * keep, num_tokens - removed_after, removed_after - removed);
+    carry(carried, cache, blocks, last * keep, num_tokens - removed_after, removed_after - removed);
 
   if (rule->selector == RECENCY) {
     /* Nothing is scored: the oldest tokens behind the sinks leave, all others move up. */
@@ -222,10 +208,7 @@ static void seal_row(const struct cache *cache, const struct seal_rule *rule, co
   float *value_scores = key_scores + score_heads * size;
   float *redundancy = floats(count * size), *tiles = floats(4 * size * dims), *scratch = floats(3 * dims);
   if (unscored)
-    for (int64_t i = 0; i < size; i++) {
-      int64_t slot = first * size + i - removed;
-      redundancy[i] = saved[blocks[slot / block_size] * block_size + slot % block_size];
-    }
+    for (int64_t i = 0; i < size; i++) redundancy[i] = saved[physical(cache, blocks, first * size + i - removed)];
   for (int64_t head = 0; head < heads && rule->selector != RANDOM && scores.phase != SEAL; head++)
     for (int64_t c = 0; c < count; c++) {
       float *keys = tiles + (c & 1) * size * dims, *values = tiles + (2 + (c & 1)) * size * dims;
@@ -270,10 +253,8 @@ static void seal_row(const struct cache *cache, const struct seal_rule *rule, co
     }
 
   /* 4. Save the redundancies of the next chunk: its predecessors are about to be packed. */
-  for (int64_t i = 0; i < size; i++) {
-    int64_t slot = last * size + i - removed_after;
-    saved[blocks[slot / block_size] * block_size + slot % block_size] = redundancy[(count - 1) * size + i];
-  }
+  for (int64_t i = 0; i < size; i++)
+    saved[physical(cache, blocks, last * size + i - removed_after)] = redundancy[(count - 1) * size + i];
   free(order);
 done:
   free(redundancy);

@@ -3,10 +3,6 @@
 
 #include "skip.h"
 
-static int64_t physical(const struct cache *cache, const int32_t *blocks, int64_t slot) {
-  return blocks[slot / cache->block_size] * cache->block_size + slot % cache->block_size;
-}
-
 /* The carried scores of `count` slots from `slot` on, into out [count]. */
 static void read_scores(const struct cache *cache, const int32_t *blocks, const struct carried *carried, int64_t slot,
                         int64_t count, float *out) {
@@ -15,17 +11,6 @@ static void read_scores(const struct cache *cache, const int32_t *blocks, const 
     int64_t end = i + cache->block_size - (slot + i) % cache->block_size;
     for (; i < count && i < end; i++) out[i] = own++->score;
   }
-}
-
-static float cosine(const float *x, const float *y, int64_t dims) {
-  float dot = 0, own = 0, other = 0;
-  for (int64_t d = 0; d < dims; d++) {
-    dot += x[d] * y[d];
-    own += x[d] * x[d];
-    other += y[d] * y[d];
-  }
-  float norms = own * other;
-  return norms > 0 ? dot / sqrtf(norms) : 0;
 }
 
 /* Scores of the row's new tokens in one head, into out [count]. The anchor of the last `terms` raw tokens is carried from
@@ -43,16 +28,9 @@ static void score_head(const struct cache *cache, const struct skip_rule *rule, 
     int64_t slot = first + t, oldest = slot - rule->terms;
     widen(cache, element(cache, blocks, start, head, slot) + tokens[slot % size], values, x);
     out[t] = cosine(x, anchor, dims);
-    if (raw + t >= rule->terms) {
-      const float *leaving = x - rule->terms * dims;
-      if (t < rule->terms) {
-        widen(cache, element(cache, blocks, start, head, oldest) + tokens[oldest % size], values, gone);
-        leaving = gone;
-      }
-      for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d] - rule->dropped * leaving[d];
-    } else {
-      for (int64_t d = 0; d < dims; d++) anchor[d] = rule->decay * anchor[d] + x[d];
-    }
+    const float *leaving = raw + t < rule->terms ? NULL : t < rule->terms ? gone : x - rule->terms * dims;
+    if (leaving == gone) widen(cache, element(cache, blocks, start, head, oldest) + tokens[oldest % size], values, gone);
+    advance(anchor, x, leaving, dims, rule->decay, rule->dropped);
     /* A full block may be taken over by another request, which goes on from its end. */
     if (t + 1 == count || (slot + 1) % size == 0)
       memcpy(anchors + blocks[slot / size] * block_width, anchor, dims * sizeof(float));
