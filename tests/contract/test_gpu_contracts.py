@@ -306,6 +306,20 @@ def test_kernel_warmup_is_the_name_the_dry_run_replaces():
     assert "kernel_warmup(self)" in source("v1", "worker", "gpu_worker.py"), "tests/gpu_dryrun/pretend_cuda.py"
 
 
+def test_what_the_dry_run_replaces_takes_what_vllm_passes():
+    pretended = ast.parse((Path(__file__).parents[1] / "gpu_dryrun" / "pretend_cuda.py").read_text())
+    ours = next(node for node in ast.walk(pretended) if getattr(node, "name", "") == "in_pytorch")
+    sampler = ast.parse(source("v1", "sample", "ops", "topk_topp_sampler.py"))
+    calls = [node for node in ast.walk(sampler) if isinstance(node, ast.Call)]
+    calls = [node for node in calls if ast.unparse(node.func) == "apply_top_k_top_p_triton"]
+    assert calls, "tests/gpu_dryrun/pretend_cuda.py: _skip_warmup"
+    for call in calls:
+        given = arguments(ours)[len(call.args) :]
+        assert len(call.args) <= 3 and {word.arg for word in call.keywords} <= set(given), (
+            "tests/gpu_dryrun/pretend_cuda.py: _skip_warmup"
+        )
+
+
 def test_triton_attention_takes_lengths_from_the_device_alone():
     """integration/gpu/skipping.py shortens them inside the forward, where nothing can be planned any more."""
     path = ROOT / "v1" / "attention" / "ops" / "triton_unified_attention.py"

@@ -288,7 +288,10 @@ def _skip_warmup():
     from vllm.v1.worker import gpu_worker
     from vllm.v1.worker.gpu.structured_outputs import StructuredOutputsWorker
 
-    topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
+    def in_pytorch(logits, k, p, has_topp_only_rows=True):
+        return topk_topp_sampler.apply_top_k_top_p_pytorch(logits, k, p)
+
+    topk_topp_sampler.apply_top_k_top_p_triton = in_pytorch
     StructuredOutputsWorker.apply_grammar_bitmask = _constant(None)
     gpu_worker.kernel_warmup = _constant(None)
 
