@@ -360,9 +360,9 @@ def test_what_a_layer_caches_can_be_watched_through_its_implementation(monkeypat
     attention.unified_kv_cache_update(key, value, "model.layers.7.self_attn.attn")
     (arguments,) = written
     assert list(map(id, arguments)) == list(map(id, (layer, key, value, cache, slots))), ours
-    cpu = cpu_attn.CPUAttentionBackendImpl
-    assert cpu.__dictoffset__, ours
-    assert "do_kv_cache_update" not in inspect.getsource(cpu.forward), ours
+    implementation = cpu_attn.CPUAttentionBackendImpl
+    assert implementation.__dictoffset__, ours
+    assert "do_kv_cache_update" not in inspect.getsource(implementation.forward), ours
 
 
 def test_hidden_states_of_a_step_can_be_taken_where_prompt_logprobs_are_made():

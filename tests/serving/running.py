@@ -102,6 +102,15 @@ def settled(url, key, value, within=30):
     return metrics
 
 
+def steady(url, within=60):
+    """The metrics once a second and a half has changed none of ours: the engine is looked at once a second."""
+    deadline, before, metrics = time.monotonic() + within, None, metrics_of(url)
+    while before != metrics and time.monotonic() < deadline:
+        time.sleep(1.5)
+        before, metrics = metrics, metrics_of(url)
+    return metrics
+
+
 def same_text(answer, expected, tolerance=2e-3):
     """Whether two greedy answers agree up to a place where the likeliest tokens were equals."""
     mine, theirs = answer["choices"][0], expected["choices"][0]

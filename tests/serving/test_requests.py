@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from tests.serving.running import PRUNED, SEALED, TINY_FLAGS, complete, metrics_of, prompts_of, serve, settled
+from tests.serving.running import PRUNED, SEALED, TINY_FLAGS, complete, prompts_of, serve, settled, steady
 from vllm_tokenfilter.bench.servers import Server
 
 OWN = {"vllm_xargs": {"token_filtering": 0}}
@@ -138,7 +138,7 @@ def test_a_schedule_is_scaled_under_load_whole_layers_stay_whole_and_nobody_fail
     assert all(layers["blocks_held"] == 0 for layers in status["layer_sets"])
     # The workers remove what is said now: 32, 48 and 48 of each chunk, a third of what they seal as a mean.
     complete(server.url, prompts_of(2, [10], seed=99), 2)  # what the last steps made due is sealed with these
-    before = metrics_of(server.url)
+    before = steady(server.url)
     complete(server.url, prompts_of(4, [600], seed=7), 4)
     complete(server.url, prompts_of(2, [10], seed=98), 2)
     after = settled(server.url, SEALED, before[SEALED] + 4 * 3 * 128)

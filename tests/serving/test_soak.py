@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.serving.running import PRUNED, SEALED, SEEN, complete, metrics_of, prompts_of, serve, settled
+from tests.serving.running import PRUNED, SEALED, SEEN, complete, prompts_of, serve, settled, steady
 
 #: Of 128 tokens the layers keep 128, 64, 32 and 32: whole blocks, so that prefixes are shared.
 TUNED = {
@@ -201,8 +201,7 @@ def test_half_an_hour_of_everything(tiny_model, request):
         # Counters are still exact: of prompts that nobody sent before, two chunks each.
         assert httpx.post(f"{url}/token_filtering", json={"pruning_ratio": 0.5}, timeout=60).status_code == 200
         complete(url, prompts_of(2, [10], seed=99), 2)  # what the last steps made due is sealed with these
-        time.sleep(2)
-        before = metrics_of(url)
+        before = steady(url)
         complete(url, prompts_of(3, [400], seed=1001), 4, at_once=1)
         complete(url, prompts_of(1, [10], seed=1002), 2)
         after = settled(url, SEEN, before[SEEN] + 3 * 403 + 11)
