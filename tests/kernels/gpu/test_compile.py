@@ -70,7 +70,9 @@ import numpy as np
 import torch
 import triton
 from triton.runtime.jit import JITFunction
-from tests.gpu_dryrun import pretend_cuda
+import sys, tests.gpu_dryrun
+sys.path[:0] = tests.gpu_dryrun.__path__
+import pretend_cuda
 del os.environ["TRITON_INTERPRET"]  # the compiler is what is looked at
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
