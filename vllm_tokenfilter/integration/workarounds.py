@@ -35,6 +35,8 @@ CPU_BLOCK_SIZE = 32
 GPU_BLOCK_SIZE = 16
 #: Measured: benchmarks/capacity.py and benchmarks/attention_speed.py.
 PREFILL_STEP_TOKENS = 512
+#: Prompt tokens of a step on GPUs, of all requests: an eighth of its time then reads the weights (docs/memory.md).
+GPU_STEP_TOKENS = 2048
 #: The endpoint plugin that exports metrics, by its entry point's name.
 METRICS_PLUGIN = "token_filtering_metrics"
 _MARK = "_token_filtering_checks"
@@ -335,14 +337,30 @@ def _limit_steps(args: EngineArgs, usage: UsageContext | None) -> None:
     """Short steps, unless the user set them: a step writes its tokens raw before they can be filtered.
 
     There is room for one part of a prompt, and for all others to decode beside it: this keeps prompts in the order they
-    came. Several side by side would all wait for their first token as long as the last.
+    came. Several side by side would all wait for their first token as long as the last. On a GPU so short a step leaves
+    the device waiting for its weights, so there parts of several prompts share one; each part is as short.
     """
     chosen = args.max_num_batched_tokens is not None or args.long_prefill_token_threshold
+    budgets, most = args.get_batch_defaults(args.pipeline_parallel_size * args.tensor_parallel_size)
+    requests = most.get(usage, SchedulerConfig.DEFAULT_MAX_NUM_SEQS) * (1 + (args.performance_mode == "throughput"))
     if not chosen and args.enable_chunked_prefill is not False:
-        ranks = args.pipeline_parallel_size * args.tensor_parallel_size
-        requests = args.get_batch_defaults(ranks)[1].get(usage, SchedulerConfig.DEFAULT_MAX_NUM_SEQS)
-        requests *= 2 if args.performance_mode == "throughput" else 1
-        args.max_num_batched_tokens = PREFILL_STEP_TOKENS + (args.max_num_seqs or requests)
+        prompts = PREFILL_STEP_TOKENS if current_platform.is_cpu() else GPU_STEP_TOKENS
+        args.max_num_batched_tokens = prompts + (args.max_num_seqs or requests)
+        logger.info(
+            "Token Filtering: max_num_batched_tokens=%d (vLLM's default is %d): a step takes %d tokens of prompts, at "
+            "most %d of each, beside a token of every request that decodes.",
+            args.max_num_batched_tokens,
+            budgets.get(usage, SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS),
+            prompts,
+            PREFILL_STEP_TOKENS,
+        )
+    elif args.max_num_seqs is None and requests > (budget := args.max_num_batched_tokens or requests):
+        logger.warning(
+            "Token Filtering: vLLM lowers max_num_seqs from %d to max_num_batched_tokens=%d, and while so many "
+            "requests decode no prompt goes on; raise the latter.",
+            requests,
+            budget,
+        )
 
 
 def _cut_on_a_grid(vllm_config: VllmConfig, config: FilterConfig) -> None:
