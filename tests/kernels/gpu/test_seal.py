@@ -19,6 +19,7 @@ from vllm_tokenfilter.layout import Layout, removed_tokens, stored_tokens
 
 pytest.importorskip("triton")
 
+from vllm_tokenfilter.kernels.gpu import lengths as gpu_lengths
 from vllm_tokenfilter.kernels.gpu import seal as gpu
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache
 from vllm_tokenfilter.kernels.gpu.due import DueSealsOnDevice
@@ -259,18 +260,21 @@ def test_two_ranks_with_half_the_heads_each_choose_as_one_with_all(device):
         assert {c: k.tolist() for c, k in found[0].items()} == {c: k.tolist() for c, k in all_heads[0].items()}
 
 
+@pytest.mark.parametrize("tile", [16, gpu_lengths.TILE])
 @pytest.mark.parametrize("mark_blocks", [0, 1, 2])
-def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_blocks, device):
+def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_blocks, tile, device, monkeypatch):
+    monkeypatch.setattr(gpu_lengths, "TILE", tile)
     layout, size = Layout(64, 32, 96, 4, 64), 16
-    shared = [0, 2, 0, 1, 0, 0, 0]
-    computed = [0, 128, 480, 70, 159, 0, 0]  # 480 has just sealed a chunk, 159 is one short of it
-    queries = [40, 60, 1, 200, 1, 7, 0]  # the last but one is a dummy run's row, the last is padding
+    shared = [0, 2, 0, 1, 0, 0, 0, 19, 0]
+    # 480 has just sealed a chunk, 159 is one short of it; the last two look at more chunks than a short tile holds.
+    computed = [0, 128, 480, 70, 159, 0, 0, 64 * 22, 64 * 22]
+    queries = [40, 60, 1, 200, 1, 7, 0, 1, 1]  # of the third row from the end on: a dummy run's row, padding, two more
     if not mark_blocks:
         shared = [0] * len(shared)
     width, rng = 64, np.random.default_rng(1)
-    tables = np.zeros((7, width), np.int32)
+    tables = np.zeros((9, width), np.int32)
     clean_want = []
-    for row in range(7):
+    for row in range(9):
         own = rng.integers(1, 900, width).astype(np.int32)
         clean_want.append(own)
         if shared[row]:
@@ -295,9 +299,9 @@ def test_the_devices_lengths_slots_and_tables_are_those_of_the_layout(mark_block
         size,
         mark_blocks,
     )
-    for row in range(7):
+    for row in range(9):
         begin, end = starts[row], starts[row + 1]
-        if row >= 5:
+        if row in (5, 6):
             assert buffers.stored_lens[row] == seq_lens[row] and buffers.shared_chunks[row] == NO_SEALS
             assert torch.equal(slots[begin:end], old[begin:end])
             continue

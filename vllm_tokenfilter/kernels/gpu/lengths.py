@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vllm_tokenfilter.layout import Layout, shares_prefixes
 
+#: Entries at a time: rows of 128k tokens have thousands, and each turn waits for memory.
+TILE = 2048
 #: Shared chunks of a row that owns nothing (padding, a dummy run): more than any length seals.
 NO_SEALS = 1 << 30
 
@@ -76,7 +78,8 @@ def adjust_step(
         MARK_BLOCKS=mark_blocks,
         MARKED=mark_blocks > 0 and shares_prefixes(layout, block_size * mark_blocks),
         NO_SEALS=NO_SEALS,
-        TILE=128,
+        TILE=TILE,
+        num_warps=8,
     )
 
 
@@ -118,15 +121,17 @@ def adjust_step_kernel(
     mark = computed * 0 + 2147483647  # the entry the mark lies at
     if MARKED:
         blocks_per_chunk: tl.constexpr = K // BLOCK_SIZE
-        limit = computed // C * blocks_per_chunk + 1
-        first = limit
-        for begin in range(0, limit, TILE):
-            entries = begin + lanes
-            blocks = tl.load(block_table + entries, mask=entries < limit, other=1)
-            first = tl.minimum(first, tl.min(tl.where((blocks == 0) & (entries < limit), entries, limit), 0))
-        found = (first < limit) & (first % blocks_per_chunk == 0)
-        shared = tl.where(found, first // blocks_per_chunk, 0)
-        mark = tl.where(shared > 0, first, mark)
+        chunks = computed // C + 1
+        first = chunks
+        begin = computed * 0
+        # Only behind a chunk can a mark lie. All rows are copied below, marked or not: graphs read the one table.
+        while (begin < chunks) & (first == chunks):
+            places = begin + lanes
+            blocks = tl.load(block_table + places * blocks_per_chunk, mask=places < chunks, other=1)
+            first = tl.min(tl.where(blocks == 0, places, chunks), 0)
+            begin += TILE
+        shared = tl.where(first < chunks, first, 0)
+        mark = tl.where(shared > 0, shared * blocks_per_chunk, mark)
     sealed = tl.maximum(tl.maximum(computed - W, 0) // C, shared)
     removed = sealed * (C - K)
     tl.store(stored_lens + row, seq_len - removed)
