@@ -1,14 +1,15 @@
 """Which engine arguments select Token Filtering under vLLM's own `vllm serve`, and which are refused by name."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
 
-from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.integration import refusals, registration, workarounds
 
@@ -84,10 +85,47 @@ def test_settings_beside_our_key_are_refused_where_the_backend_is_selected(besid
         workarounds._prepare(args, None)
 
 
-def test_prefix_caching_that_cannot_help_is_switched_off_and_the_log_says_what_fits(monkeypatch):
-    lines = []
-    monkeypatch.setattr(workarounds.logger, "info", lambda form, *values: lines.append(form % values))
-    args = EngineArgs(model=MODEL, block_size=32)
-    workarounds._choose_blocks(args, FilterConfig.parse({"pruning_ratio": 0.75}))
-    assert args.enable_prefix_caching is False
-    assert "prefix caching, on by default, is switched off" in lines[0] and "chunk_size=128" in lines[0]
+@pytest.fixture
+def on_an_h100(monkeypatch):
+    """What vLLM chooses for an API server there, and what is logged."""
+    said = []
+    server = UsageContext.OPENAI_API_SERVER
+    monkeypatch.setattr(EngineArgs, "get_batch_defaults", lambda self, ranks: ({server: 8192}, {server: 1024}))
+    monkeypatch.setattr(workarounds, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    for level in ("info", "warning"):
+        monkeypatch.setattr(workarounds.logger, level, lambda text, *values: said.append(text % values))
+
+    def choose(**arguments):
+        args = EngineArgs(model=MODEL, **arguments)
+        workarounds._limit_steps(args, server)
+        return args.max_num_batched_tokens, args.max_num_seqs, said
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    "arguments, budget",
+    [
+        ({}, 2048 + 1024),
+        ({"max_num_seqs": 64}, 2048 + 64),
+        ({"performance_mode": "throughput"}, 2048 + 2048),
+        ({"max_num_batched_tokens": 8192}, 8192),
+        ({"long_prefill_token_threshold": 1024}, None),
+        ({"enable_chunked_prefill": False}, None),
+    ],
+)
+def test_a_gpus_step_has_room_for_prompts_whatever_decodes(on_an_h100, arguments, budget):
+    chosen, requests, said = on_an_h100(**arguments)
+    assert chosen == budget and requests == arguments.get("max_num_seqs"), (
+        "the limit of requests stays vLLM's or the user's"
+    )
+    ours = budget is not None and "max_num_batched_tokens" not in arguments
+    assert len(said) == ours and all(f"={budget} (vLLM's default is 8192)" in line for line in said)
+    assert all("2048 tokens of prompts, at most 512 of each" in line for line in said)
+
+
+def test_a_step_that_lowers_the_number_of_requests_is_said(on_an_h100):
+    chosen, requests, said = on_an_h100(max_num_batched_tokens=512)
+    assert (chosen, requests) == (512, None)
+    (line,) = said
+    assert "lowers max_num_seqs from 1024 to max_num_batched_tokens=512" in line
