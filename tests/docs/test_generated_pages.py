@@ -73,7 +73,9 @@ def anchors(text):
 
 def test_the_table_of_prefill_steps_is_what_the_layout_says():
     rows = re.findall(
-        r"^\| \**(\d+)\**[^|]*\| (\d+) \| ([\d.]+) x \| \d+ % \|$", (ROOT / "docs" / "memory.md").read_text(), re.MULTILINE
+        r"^\| \**(\d+)\**[^|]*\| (\d+) \| ([\d.]+) x \| \d+ % \|$",
+        (ROOT / "docs" / "memory.md").read_text(),
+        re.MULTILINE,
     )
     assert len(rows) == 4
     layout = FilterConfig().layout

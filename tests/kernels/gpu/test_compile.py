@@ -1,11 +1,15 @@
 """The GPU kernels through Triton's real compiler, which needs no GPU: the interpreter accepts what it would not."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 CODE = """
 import triton
@@ -26,9 +30,9 @@ ARGUMENTS = {
 }
 TYPES = {name: type_ for type_, names in ARGUMENTS.items() for name in names.split()}
 SHAPE = dict(C=64, K=32, D=128, BLOCK_SIZE=16)
-SEAL = dict(SHAPE, BLOCK_D=128, TILE=32, ENCODING=1)
+SEAL = dict(SHAPE, BLOCK_D=128, TILE=16, ENCODING=1, ALIGNMENT=16)
 LENGTHS = dict(C=64, K=32, W=64, BLOCK_SIZE=16, MARK_BLOCKS=1, MARKED=True, NO_SEALS=1 << 30, TILE=128)
-STEP = dict(D=128, BLOCK_SIZE=16, BLOCK_D=128, BLOCK_R=256, TILE=32, ENCODING=1)
+STEP = dict(D=128, BLOCK_SIZE=16, BLOCK_D=128, BLOCK_R=256, TILE=32, ENCODING=1, ALIGNMENT=16)
 DECIDE = dict(HISTORY=64, UNITS=10000, PATIENCE=8, BLOCK_SIZE=16, BLOCK_N=64, CAPACITY=8192, FUSION=0)
 WINDOW = dict(SINKS=4, WINDOW=64, GROUP=4, BLOCK_G=16)
 KERNELS = [
@@ -61,6 +65,35 @@ for kernel, constants in KERNELS:
 
 def test_the_kernels_compile_for_two_generations_of_gpus():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+GATE = """
+import gpu_kernels
+kernels = gpu_kernels.compiled_kernels(list(gpu_kernels.QUICK), (90,))
+assert {"score_kernel", "compact_kernel", "compare_tokens_kernel", "attend_window_kernel"} <= {
+    kernel["kernel"] for kernel in kernels
+}
+for kernel in kernels:
+    assert not any(kernel["spilled"].values()), kernel
+    assert kernel["shared_bytes"] <= gpu_kernels.SHARED_LIMIT[kernel["capability"]], kernel
+    for line, width in kernel["narrowest_access"].items():
+        # One token alone is spread over all threads, and so is a window's tile of 16 tokens of one byte an element.
+        alone = "base + place" in line or "base + D + place" in line
+        window_of_bytes = kernel["kernel"] == "attend_window_kernel" and width == 8 and "fp8" in kernel["cases"][0]
+        assert width == 16 or alone or window_of_bytes, (line, kernel)
+"""
+
+
+def test_no_kernel_spills_and_cache_elements_are_moved_16_bytes_at_a_time():
+    path = os.pathsep.join([str(BENCHMARKS), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", GATE],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -8,6 +8,7 @@ Names: D head size, TILE tokens at a time.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class GpuCache:
         block_size: tokens per block.
         head_size: elements of a key.
         block_stride: see above; head_stride, token_stride likewise.
+        alignment: bytes, at most 16, that every token's address is a multiple of.
     """
 
     layer_addresses: Tensor
@@ -58,6 +60,7 @@ class GpuCache:
     block_stride: int
     head_stride: int
     token_stride: int
+    alignment: int
 
     @classmethod
     def over(cls, caches: list[Tensor], layer_indices: list[int], dtype: torch.dtype) -> "GpuCache":
@@ -76,16 +79,18 @@ class GpuCache:
         if not alike or first.stride(3) != 1 or dtype not in ENCODINGS or first.element_size() != dtype.itemsize:
             raise ValueError(f"a KV cache of shape {tuple(first.shape)}, strides {first.stride()}, type {dtype}")
         num_blocks, num_kv_heads, block_size, width = first.shape
+        addresses, size = [cache.data_ptr() for cache in caches], dtype.itemsize
         return cls(
-            torch.tensor([cache.data_ptr() for cache in caches], dtype=torch.int64, device=first.device),
+            torch.tensor(addresses, dtype=torch.int64, device=first.device),
             torch.tensor(layer_indices, dtype=torch.int64, device=first.device),
             torch.zeros(len(caches), num_blocks * block_size, dtype=torch.float32, device=first.device),
             ENCODINGS[dtype],
-            dtype.itemsize,
+            size,
             num_kv_heads,
             block_size,
             width // 2,
             *first.stride()[:3],
+            math.gcd(16, *addresses, size * width // 2, *(size * stride for stride in first.stride()[:3])),
         )
 
     @functools.cached_property
@@ -100,18 +105,20 @@ class GpuCache:
             "BLOCK_SIZE": self.block_size,
             "BLOCK_D": triton.next_power_of_2(self.head_size),
             "ENCODING": self.encoding,
+            "ALIGNMENT": self.alignment,
         }
 
 
 @triton.jit
-def bits_pointer(address, ENCODING: tl.constexpr):
-    """The address as a pointer to the raw bits of an element."""
+def bits_pointer(address, ENCODING: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The address as a pointer to the raw bits of an element; what is known of it decides how wide accesses are."""
     if ENCODING == FLOAT32:
-        return address.to(tl.pointer_type(tl.uint32))
+        pointer = address.to(tl.pointer_type(tl.uint32))
     elif (ENCODING == BFLOAT16) | (ENCODING == FLOAT16):
-        return address.to(tl.pointer_type(tl.uint16))
+        pointer = address.to(tl.pointer_type(tl.uint16))
     else:
-        return address.to(tl.pointer_type(tl.uint8))
+        pointer = address.to(tl.pointer_type(tl.uint8))
+    return tl.multiple_of(pointer, ALIGNMENT)
 
 
 @triton.jit

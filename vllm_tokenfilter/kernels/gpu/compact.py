@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_tokenfilter.kernels.gpu.cache import GpuCache, bits_pointer, physical_slots, token_offsets
 from vllm_tokenfilter.kernels.gpu.due import PER_SEAL, DueSealsOnDevice, due_chunks
-from vllm_tokenfilter.kernels.gpu.score import tile_of
+from vllm_tokenfilter.kernels.gpu.score import SEAL_TILE
 from vllm_tokenfilter.kernels.gpu.similarity import fuse
 from vllm_tokenfilter.kernels.rules import ScoreRule
 from vllm_tokenfilter.layout import Layout
@@ -47,7 +47,7 @@ def compact_chunks(
         C=layout.chunk_size,
         K=layout.kept_per_chunk,
         BLOCK_C=block_c,
-        TILE=tile_of(cache),
+        TILE=SEAL_TILE,
         FUSION=rule.fusion_code,
         num_warps=4,
     )
@@ -86,7 +86,7 @@ def compact_kernel(
     kept,  # int32 [num_layers, num_tasks, K], offsets that stay; untouched where nothing was due
     sinks,
     C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, FUSION: tl.constexpr, ENCODING: tl.constexpr,
+    BLOCK_D: tl.constexpr, TILE: tl.constexpr, FUSION: tl.constexpr, ENCODING: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_rows, num_heads, num_layers): choose what stays of a row's due chunks and move one head of it.
 
@@ -96,7 +96,7 @@ def compact_kernel(
     first, last, first_is_known = due_chunks(row, first_chunk, last_chunk, shared_chunks)
     if last <= first:
         return
-    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING)
+    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING, ALIGNMENT)
     block_table = block_tables + row.to(tl.int64) * block_tables_stride
     removed = first * (C - K)
     task_of_chunk_zero = tl.load(first_task + row) - tl.load(first_chunk + row)

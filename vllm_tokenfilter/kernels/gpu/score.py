@@ -20,6 +20,8 @@ from vllm_tokenfilter.layout import Layout
 ANCHOR, RANDOM, KEYDIFF, KEY_NORM, VALUE_KEY_NORM = (
     tl.constexpr(rules.SELECTOR_CODES[name]) for name in rules.GPU_SELECTORS
 )
+#: Tokens that a program of a seal takes at a time; with more, registers spill (tests/kernels/gpu/test_compile.py).
+SEAL_TILE = 16
 
 
 def score_chunks(
@@ -52,16 +54,11 @@ def score_chunks(
         C=layout.chunk_size,
         K=layout.kept_per_chunk,
         M=layout.anchor_terms,
-        TILE=tile_of(cache),
+        TILE=SEAL_TILE,
         SELECTOR=rules.SELECTOR_CODES[rule.selector],
-        num_warps=4,
+        num_warps=4 if cache.head_size <= 128 else 8,
     )
     return head_scores, known
-
-
-def tile_of(cache: GpuCache) -> int:
-    """Tokens that a program of a seal takes at a time."""
-    return 32 if cache.arguments["BLOCK_D"] <= 128 else 16
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def score_kernel(
     decay_log2,
     seed,
     C: tl.constexpr, K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr, SELECTOR: tl.constexpr, ENCODING: tl.constexpr,
+    TILE: tl.constexpr, SELECTOR: tl.constexpr, ENCODING: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tasks, num_heads, num_layers): the scores of one chunk in one head."""
     task, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -118,7 +115,7 @@ def score_kernel(
                 earlier = tl.load(saved + slots, mask=inside, other=0.0)
                 tl.store(known + place * C + offsets, earlier, mask=inside)
         return
-    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING)
+    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING, ALIGNMENT)
     out = head_scores + (place * tl.num_programs(1) + head) * 2 * C
     for begin in range(0, C, TILE):
         offsets = begin + lanes

@@ -128,7 +128,7 @@ def compare_tokens_kernel(
     head_scores,  # float32 [num_heads, 2, CAPACITY], out
     decay_log2,
     M: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    TILE: tl.constexpr, CAPACITY: tl.constexpr, ENCODING: tl.constexpr,
+    TILE: tl.constexpr, CAPACITY: tl.constexpr, ENCODING: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, num_heads): cosine of a token's key, and of its value, to the anchor of the raw ones before."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -138,7 +138,7 @@ def compare_tokens_kernel(
     slot = tl.load(rows + row) + token - tl.load(query_start_loc + row)
     before = tl.minimum(slot - tl.load(rows + rows_stride + row), M)
     block_table = block_tables + row.to(tl.int64) * block_tables_stride
-    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING)
+    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING, ALIGNMENT)
     lanes, dims = tl.arange(0, TILE), tl.arange(0, BLOCK_D)
     key_anchor = tl.zeros([BLOCK_D], tl.float32)
     value_anchor = tl.zeros([BLOCK_D], tl.float32)

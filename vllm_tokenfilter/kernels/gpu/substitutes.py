@@ -64,8 +64,9 @@ def put_substitute(
             GROUP=group,
             BLOCK_G=max(16, triton.next_power_of_2(group)),
             BLOCK_R=triton.next_power_of_2(buffers.rows.shape[1]),
-            TILE=32,
-            num_warps=4,
+            TILE=16,
+            num_warps=8,
+            num_stages=1,
         )
     elif substitute == "running_output":
         assert carried.means is not None and carried.weights is not None and carried.means.shape[2] == width
@@ -125,6 +126,7 @@ def attend_window_kernel(
     softcap,  # 0 for none
     SINKS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr, TILE: tl.constexpr, ENCODING: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_tokens, num_kv_heads): the substitute "window", for the query heads of one KV head."""
     token, head = tl.program_id(0), tl.program_id(1)
@@ -135,7 +137,7 @@ def attend_window_kernel(
     row = row_of(token, query_start_loc, num_reqs, BLOCK_R)
     slot = tl.load(rows + row) + token - tl.load(query_start_loc + row)
     block_table = block_tables + row.to(tl.int64) * block_tables_stride
-    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING)
+    base = bits_pointer(tl.load(layer_addresses + layer), ENCODING, ALIGNMENT)
     nearest = tl.maximum(slot + 1 - WINDOW, 0)
     sinks = tl.minimum(nearest, SINKS)
     count = sinks + slot + 1 - nearest
