@@ -214,7 +214,7 @@ def narrowest_access(ptx: str) -> dict[str, int]:
 def compiled_kernels(
     models: list[tuple[str, int]], capabilities: tuple[int, ...] = CAPABILITIES
 ) -> list[dict[str, Any]]:
-    """Compile for models and block sizes in every dtype and generation; what is alike is listed once, with its cases."""
+    """Compile for models and block sizes in every dtype and generation; what is alike once, with its cases."""
     compiler, found = Compiler(), {}
     for capability in capabilities:
         for name, block_size in models:
