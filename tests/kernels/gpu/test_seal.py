@@ -353,3 +353,11 @@ def test_what_else_a_step_seals_changes_no_bit(name, device):
         }
 
     assert sealed([2, 0, 1]) == sealed([0]) | sealed([1]) | sealed([2])
+
+
+@pytest.mark.parametrize("begin, width, alignment", [(0, 128, 16), (1, 128, 2), (4, 128, 8), (0, 12, 4)])
+def test_a_cache_says_what_all_its_tokens_addresses_are_multiples_of(begin, width, alignment):
+    storage = torch.empty(4 * 2 * 16 * width + 8, dtype=torch.bfloat16)
+    first = (-storage.data_ptr() % 16) // 2
+    cache = storage[first + begin :][: 4 * 2 * 16 * width].view(4, 2, 16, width)
+    assert GpuCache.over([cache], [0], torch.bfloat16).alignment == alignment

@@ -79,6 +79,7 @@ class GpuCache:
         if not alike or first.stride(3) != 1 or dtype not in ENCODINGS or first.element_size() != dtype.itemsize:
             raise ValueError(f"a KV cache of shape {tuple(first.shape)}, strides {first.stride()}, type {dtype}")
         num_blocks, num_kv_heads, block_size, width = first.shape
+        block_stride, head_stride, token_stride, _ = first.stride()
         addresses, size = [cache.data_ptr() for cache in caches], dtype.itemsize
         return cls(
             torch.tensor(addresses, dtype=torch.int64, device=first.device),
@@ -89,8 +90,10 @@ class GpuCache:
             num_kv_heads,
             block_size,
             width // 2,
-            *first.stride()[:3],
-            math.gcd(16, *addresses, size * width // 2, *(size * stride for stride in first.stride()[:3])),
+            block_stride,
+            head_stride,
+            token_stride,
+            math.gcd(16, *addresses, *(size * step for step in (width // 2, block_stride, head_stride, token_stride))),
         )
 
     @functools.cached_property
