@@ -10,6 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.engine.arg_utils import EngineArgs
 from vllm.usage.usage_lib import UsageContext
 
+from vllm_tokenfilter.config import FilterConfig
 from vllm_tokenfilter.errors import ConfigError
 from vllm_tokenfilter.integration import refusals, registration, workarounds
 
@@ -83,6 +84,15 @@ def test_settings_beside_our_key_are_refused_where_the_backend_is_selected(besid
     assert workarounds._select(args)
     with pytest.raises(ConfigError, match="additional_config"):
         workarounds._prepare(args, None)
+
+
+def test_prefix_caching_that_cannot_help_is_switched_off_and_the_log_says_what_fits(monkeypatch):
+    lines = []
+    monkeypatch.setattr(workarounds.logger, "info", lambda form, *values: lines.append(form % values))
+    args = EngineArgs(model=MODEL, block_size=32)
+    workarounds._choose_blocks(args, FilterConfig.parse({"pruning_ratio": 0.75}))
+    assert args.enable_prefix_caching is False
+    assert "prefix caching, on by default, is switched off" in lines[0] and "chunk_size=128" in lines[0]
 
 
 @pytest.fixture
