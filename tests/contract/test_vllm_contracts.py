@@ -403,3 +403,18 @@ def test_a_requests_step_is_cut_where_vllm_cuts_those_of_hybrid_models():
     assert parameters(EngineArgs.create_engine_config)[1] == "usage_context", "integration/workarounds.py reads it"
     assert list(EngineArgs.get_batch_defaults(1)[1].values()) == [256, 128], "a request's part of a step beside others"
     assert SchedulerConfig.DEFAULT_MAX_NUM_SEQS, "integration/workarounds.py takes it where there is no usage context"
+
+
+def test_a_draw_for_a_token_that_is_thrown_away_is_taken_back_where_we_stand():
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from vllm_tokenfilter.integration import seeded_requests
+
+    seeded_requests.take_draws_back()
+    ours = "integration/seeded_requests.py wraps the sampling of a step and its bookkeeping"
+    sample, bookkeep = (
+        inspect.getsource(inspect.unwrap(getattr(GPUModelRunner, name))) for name in ("_sample", "_bookkeeping_sync")
+    )
+    assert "self.input_batch.sampling_metadata" in sample, ours
+    assert "gen = self.input_batch.generators.get(int(i))" in bookkeep, ours
+    assert "gen.set_offset(gen.get_offset() - 4)" in bookkeep, f"{ours}: delete it once CPU generators are taken back"

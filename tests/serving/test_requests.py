@@ -188,3 +188,21 @@ def test_a_change_that_is_asked_for_during_a_pause_is_told_to_wait(server):
     answers, (answer, busy, still) = complete(server.url, prompts_of(4, [60]), 300, 16, meanwhile)
     assert (answer.status_code, busy.status_code, still) == (200, 409, True), busy.text
     assert {answer["usage"]["completion_tokens"] for answer in answers} == {300}
+
+
+def test_a_seeded_request_of_several_steps_draws_the_same_tokens_alone_and_beside_others(server):
+    prompt = prompts_of(1, [1300], seed=21)[0]
+
+    def asked(salt):
+        body = {"prompt": prompt, "seed": 7, "temperature": 1, "max_tokens": 20, "cache_salt": salt}
+        answer = httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", **body}, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    alone = asked("first")
+
+    async def meanwhile(client, one):
+        return await asyncio.to_thread(asked, "second")
+
+    _, beside = complete(server.url, prompts_of(3, [40, 700, 300], seed=22), 60, meanwhile=meanwhile)
+    assert beside == alone

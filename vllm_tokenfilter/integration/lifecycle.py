@@ -13,7 +13,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 
 from vllm_tokenfilter.config import FilterConfig
-from vllm_tokenfilter.integration import refusals, workarounds
+from vllm_tokenfilter.integration import refusals, seeded_requests, workarounds
 from vllm_tokenfilter.integration.counters import StepCounters
 from vllm_tokenfilter.integration.layers import give_filtered_layers_their_spec, layers_by_index, plan_layers
 from vllm_tokenfilter.integration.log_lines import start_block, totals_line
@@ -65,6 +65,7 @@ def planned_model(vllm_config: VllmConfig) -> PlannedModel:
         model = PlannedModel(plan_layers(vllm_config, config))
         setattr(first, _MODEL, model)
         workarounds.outlive_interrupts()
+        seeded_requests.take_draws_back()
         give_filtered_layers_their_spec(model.plan, vllm_config)
         logger.info("%s", start_block(model.plan, config, vllm_config))
     return model
