@@ -139,3 +139,18 @@ def test_a_step_that_lowers_the_number_of_requests_is_said(on_an_h100):
     assert (chosen, requests) == (512, None)
     (line,) = said
     assert "lowers max_num_seqs from 1024 to max_num_batched_tokens=512" in line
+
+
+@pytest.mark.parametrize("threshold, budget, grid", [(1024, 1024, 896), (256, 1024, 256), (0, 512, 384)])
+def test_shorter_steps_than_were_asked_for_are_said(monkeypatch, threshold, budget, grid):
+    said = []
+    monkeypatch.setattr(workarounds.logger, "warning", lambda text, *values: said.append(text % values))
+    scheduler = SimpleNamespace(
+        enable_chunked_prefill=True, long_prefill_token_threshold=threshold, max_num_scheduled_tokens=None,
+        max_num_batched_tokens=budget, max_num_seqs=100, async_scheduling=False,
+    )  # fmt: skip
+    config = SimpleNamespace(scheduler_config=scheduler, model_config=SimpleNamespace(max_model_len=4096))
+    workarounds._cut_on_a_grid(config, FilterConfig.parse({"pruning_ratio": 0.5}))
+    assert scheduler.long_prefill_token_threshold == grid
+    assert len(said) == (grid != (threshold or 512))
+    assert all(f"{grid} tokens, not the {threshold or 512}" in line and "max_num_seqs=100" in line for line in said)

@@ -373,7 +373,13 @@ def _cut_on_a_grid(vllm_config: VllmConfig, config: FilterConfig) -> None:
         grid = scheduler.long_prefill_token_threshold or PREFILL_STEP_TOKENS
         budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         room = budget - scheduler.max_num_seqs + 1
-        grid = grid if grid <= room else max(room // chunk * chunk, min(chunk, budget))
+        if grid > room:
+            grid, wanted = max(room // chunk * chunk, min(chunk, budget)), grid
+            logger.warning(
+                "Token Filtering: steps of a prompt have %d tokens, not the %d of long_prefill_token_threshold: "
+                "max_num_batched_tokens=%d must leave room for max_num_seqs=%d; raise the former or lower the latter.",
+                *(grid, wanted, budget, scheduler.max_num_seqs),
+            )
         # vLLM takes none above `max_model_len`.
         scheduler.long_prefill_token_threshold = min(grid, vllm_config.model_config.max_model_len)
     name = "AsyncGridScheduler" if scheduler.async_scheduling else "GridScheduler"
